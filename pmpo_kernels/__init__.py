@@ -1,0 +1,21 @@
+"""Fused power-mean policy losses for reinforcement learning of language models: GRPO, GMPO, HMPO, GSPO, HölderPO, PMPO."""
+
+from pmpo_kernels import reference
+from pmpo_kernels.api import PMPOOutput, TokenLogp, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.impls import available_impls
+from pmpo_kernels.solver import solve_power
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LossConfig",
+    "PMPOOutput",
+    "TokenLogp",
+    "available_impls",
+    "pmpo_loss",
+    "pmpo_loss_from_logp",
+    "reference",
+    "solve_power",
+    "token_logp",
+]

@@ -1,0 +1,100 @@
+"""Two autograd Functions: logits -> log-probs, log-probs -> loss. Each composes operators and holds no mathematics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.config import LossConfig, TrajectoryOptions
+from pmpo_kernels.ops import stage
+
+
+class TokenLogpFunction(torch.autograd.Function):
+    """(logits, token_ids, mask, temperature, inplace, impl) -> (logp, entropy), both differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        inplace: bool,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        logp, row_max, row_sum, entropy = stage("token_logp", impl)(logits, token_ids, mask, temperature)
+        ctx.save_for_backward(logits, token_ids, mask, row_max, row_sum, entropy)
+        ctx.temperature, ctx.inplace, ctx.impl = temperature, inplace, impl
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dlogp is None and dentropy is None:
+            return (None,) * 6
+        logits, token_ids, mask, row_max, row_sum, entropy = ctx.saved_tensors
+        args = (logits, token_ids, mask, row_max, row_sum, entropy, dlogp, dentropy, ctx.temperature)
+        if ctx.inplace:
+            stage("dlogits_", ctx.impl)(*args)
+            torch.autograd.graph.increment_version(logits)  # a second backward now raises
+            return logits.detach(), None, None, None, None, None
+        return stage("dlogits", ctx.impl)(*args), None, None, None, None, None
+
+
+class TrajectoryInputs(NamedTuple):
+    """The constants of the `trajectory` stage, token tensors flat (N,)."""
+
+    old_logp: Tensor | None
+    advantages: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor
+    ref_logp: Tensor | None
+    rollout_weights: Tensor | None
+    power: Tensor | None
+    target_ess: Tensor | None
+    denominator: Tensor | None
+    config: LossConfig
+    options: TrajectoryOptions
+    impl: str
+
+
+class TrajectoryFunction(torch.autograd.Function):
+    """(logp, entropy, inputs) -> (loss, stats, denominator); the loss is differentiable in logp and entropy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        i = inputs
+        dlogp, dentropy, stats = stage("trajectory", i.impl)(
+            logp,
+            i.old_logp,
+            i.advantages,
+            i.mask,
+            i.cu_seqlens,
+            i.ref_logp,
+            i.rollout_weights,
+            entropy,
+            i.power,
+            i.target_ess,
+            list(i.options),
+        )
+        denominator = default_denominator(stats, i.config) if i.denominator is None else i.denominator.clone()
+        ctx.save_for_backward(dlogp, dentropy, denominator)
+        ctx.mark_non_differentiable(stats, denominator)
+        ctx.set_materialize_grads(False)
+        return total_loss(stats, i.config, denominator).to(logp.dtype), stats, denominator
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad_loss is None:
+            return None, None, None
+        dlogp, dentropy, denominator = ctx.saved_tensors
+        scale = (grad_loss / denominator).to(dlogp.dtype)
+        return dlogp * scale, dentropy * scale if dentropy.numel() else None, None

@@ -1,0 +1,124 @@
+"""Argument checks: every wrong call raises before any kernel starts, naming the argument, what was expected and what was got."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str, value: object, *, dtypes: Sequence[torch.dtype], device: torch.device, shape: Sequence[int]
+) -> Tensor:
+    """`value`, if it is a tensor of one of `dtypes` with this shape on this device; otherwise TypeError or ValueError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def check_constant(
+    name: str, value: object, *, dtypes: Sequence[torch.dtype], device: torch.device, shape: Sequence[int]
+) -> Tensor | None:
+    """As `check_tensor` for an optional argument through which no gradient flows."""
+    if value is None:
+        return None
+    tensor = check_tensor(name, value, dtypes=dtypes, device=device, shape=shape)
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a tensor without requires_grad (it is a constant of the loss), got one with it")
+    return tensor
+
+
+def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
+    """Shapes (B, T, V) or (B, T + 1, V) with (B, T), or (N, V) with (N,); the vocabulary dimension has stride 1."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"token_ids: expected a tensor, got {type(token_ids).__name__}")
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits: expected shape (B, T, V), (B, T + 1, V) or (N, V), got {tuple(logits.shape)}")
+    shape = list(logits.shape[:-1])
+    if token_ids.dim() == 2 and logits.dim() == 3 and token_ids.shape[1] + 1 == logits.shape[1]:
+        shape[1] -= 1
+    check_tensor("logits", logits, dtypes=FLOATS, device=logits.device, shape=logits.shape)
+    check_tensor("token_ids", token_ids, dtypes=INTEGERS, device=logits.device, shape=shape)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected a vocabulary of at least 1, got shape {tuple(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"logits: expected stride 1 in the vocabulary dimension, got strides {logits.stride()}")
+    return logits, token_ids
+
+
+def check_inplace(logits: Tensor) -> None:
+    """`inplace=True` needs rows that do not overlap in memory (no expanded dimension)."""
+    overlapping = [d for d in range(logits.dim()) if logits.stride(d) == 0 and logits.shape[d] > 1]
+    if overlapping:
+        raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a float, if it is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def checks_values(tensor: Tensor) -> bool:
+    """Values are read on the CPU always; on a GPU, where reading them waits for it, with PMPO_KERNELS_CHECK=1."""
+    return tensor.device.type == "cpu" or os.environ.get("PMPO_KERNELS_CHECK") == "1"
+
+
+def check_token_ids(token_ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    """Unmasked ids lie in [0, vocabulary)."""
+    if not checks_values(token_ids):
+        return
+    bad = (token_ids < 0) | (token_ids >= vocabulary)
+    bad = bad if mask is None else bad & mask
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        got = int(token_ids[tuple(at)])
+        raise ValueError(f"token_ids: expected ids in [0, {vocabulary}) where mask is true, got {got} at {at}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """Offsets start at 0, never fall, and end at the number of tokens."""
+    if not checks_values(cu_seqlens):
+        return
+    expected = f"non-decreasing offsets from 0 to the {tokens} tokens"
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        shown = values if len(values) <= 16 else [*values[:8], "...", *values[-7:]]
+        raise ValueError(f"cu_seqlens: expected {expected}, got {shown}")
+
+
+def check_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Offsets (B + 1,) of the trajectories of padded (B, T) or packed (N,) tokens in their flat order; `name` names the tokens."""
+    if cu_seqlens is None:
+        if tokens.dim() != 2:
+            raise ValueError(f"cu_seqlens: expected offsets (B + 1,) because {name} has shape {tuple(tokens.shape)}, got None")
+        B, T = tokens.shape
+        return torch.arange(B + 1, device=tokens.device) * T
+    if tokens.dim() != 1:
+        raise ValueError(f"cu_seqlens: expected None because {name} is padded, of shape {tuple(tokens.shape)}, got a value")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        got = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens: expected a tensor of shape (B + 1,), got {got}")
+    check_tensor(
+        "cu_seqlens", cu_seqlens, dtypes=INTEGERS, device=tokens.device, shape=cu_seqlens.shape
+    )
+    if not torch.compiler.is_compiling():
+        check_cu_seqlens(cu_seqlens, tokens.numel())
+    return cu_seqlens

@@ -1,0 +1,212 @@
+"""`LossConfig`: every choice of the loss, validated once; `TrajectoryOptions`: the same choices as numbers for the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+ClipMode = Literal["token", "sequence", "none"]
+EssRule = Literal["relative", "absolute"]
+KLEstimator = Literal["k1", "k2", "k3"]
+LossAggMode = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
+
+# `TrajectoryOptions.rule`: where a trajectory's p comes from.
+FIXED, RELATIVE, ABSOLUTE, TARGET = 0, 1, 2, 3
+
+
+class TrajectoryOptions(NamedTuple):
+    """What the `trajectory` stage of every implementation reads; bounds that do not apply are infinite."""
+
+    rule: float
+    power: float
+    power_min: float
+    power_max: float
+    full_clip_fraction: float
+    ess_sharpness: float
+    ess_floor: float
+    token_low: float
+    token_high: float
+    token_dual: float
+    sequence_low: float
+    sequence_high: float
+    sequence_dual: float
+    by_length: float
+    length_norm: float
+    beta: float
+    kl_order: float
+    entropy_coef: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """All options of the power-mean policy loss. `LossConfig()` is `LossConfig.pmpo()`.
+
+    Args:
+        power: exponent p of the mean of a trajectory's importance ratios, any real number; or "ess" to solve p per
+            trajectory from its clipped fraction (PMPO, arXiv 2601.22521).
+        power_min, power_max: bracket of the solved p, 0 <= power_min <= power_max.
+        ess_rule: "relative": ESS* = ESS(power_max) + s (n - ESS(power_max)); "absolute": ESS*/n = ess_floor +
+            (1 - ess_floor) s, with s = min(1, clipped fraction / full_clip_fraction) ** ess_sharpness. The paper's
+            abstract fixes that clipping sets a target ESS; the exact form of the rule is this package's choice.
+        full_clip_fraction: clipped fraction in (0, 1] at which p reaches its minimum.
+        ess_sharpness: exponent > 0 of the severity s.
+        ess_floor: target ESS/n of an unclipped trajectory in (0, 1], rule "absolute" only.
+        clip: "token" clips each log-ratio, "sequence" clips log M_p, "none" clips nothing. One-sided by the sign of
+            the advantage, as in PPO (arXiv 1707.06347, eq. 7).
+        clip_low, clip_high: positive bounds in log space: d >= -clip_low for A < 0, d <= clip_high for A > 0.
+        dual_clip: ratio > 1 that bounds the ratio from above for A < 0 (arXiv 1912.09729, eq. 5); None for no bound.
+        loss_agg_mode: weight of a trajectory; "seq-mean-token-mean": 1/D, D non-empty trajectories (GRPO);
+            "token-mean": n/D, D tokens (DAPO); "seq-mean-token-sum-norm": n/(max_length D), D non-empty trajectories
+            (Dr. GRPO).
+        max_length: tokens, required by (and only read by) "seq-mean-token-sum-norm".
+        beta: weight of the KL penalty to the reference policy.
+        kl_estimator: with r = ref_logp - logp: "k1" = -r, "k2" = r^2/2, "k3" = exp(r) - r - 1.
+        entropy_coef: weight of the entropy bonus.
+        temperature: the logits are divided by it before the softmax.
+
+    Raises:
+        ValueError: a value out of its range, or options that do not combine; names the option, expected and got.
+    """
+
+    power: float | Literal["ess"] = "ess"
+    power_min: float = 0.0
+    power_max: float = 1.0
+    ess_rule: EssRule = "relative"
+    full_clip_fraction: float = 0.1
+    ess_sharpness: float = 1.0
+    ess_floor: float = 0.5
+    clip: ClipMode = "token"
+    clip_low: float = 0.4
+    clip_high: float = 0.4
+    dual_clip: float | None = None
+    loss_agg_mode: LossAggMode = "seq-mean-token-mean"
+    max_length: int | None = None
+    beta: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.power != "ess":
+            _number("power", self.power, 'a finite number or "ess"')
+        for name, choices in (
+            ("ess_rule", EssRule),
+            ("clip", ClipMode),
+            ("kl_estimator", KLEstimator),
+            ("loss_agg_mode", LossAggMode),
+        ):
+            _expect(
+                name, getattr(self, name) in get_args(choices), f"one of {list(get_args(choices))}", getattr(self, name)
+            )
+        for name in ("clip_low", "clip_high", "temperature", "ess_sharpness", "power_max"):
+            value = _number(name, getattr(self, name), "a finite number > 0")
+            _expect(name, value > 0, "a finite number > 0", value)
+        for name in ("full_clip_fraction", "ess_floor"):
+            value = _number(name, getattr(self, name), "a number in (0, 1]")
+            _expect(name, 0 < value <= 1, "a number in (0, 1]", value)
+        for name in ("beta", "entropy_coef"):
+            _number(name, getattr(self, name), "a finite number")
+        _number("power_min", self.power_min, "a finite number")
+        _expect("power_min", 0 <= self.power_min <= self.power_max, "0 <= power_min <= power_max", self.power_min)
+        if self.dual_clip is not None:
+            value = _number("dual_clip", self.dual_clip, "a ratio > 1")
+            _expect("dual_clip", value > 1, "a ratio > 1", value)
+            _expect("dual_clip", self.clip != "none", 'None when clip="none"', value)
+        if self.loss_agg_mode == "seq-mean-token-sum-norm":
+            ok = isinstance(self.max_length, int) and not isinstance(self.max_length, bool) and self.max_length > 0
+            _expect("max_length", ok, 'an int > 0 with loss_agg_mode="seq-mean-token-sum-norm"', self.max_length)
+        else:
+            _expect(
+                "max_length", self.max_length is None, f'None with loss_agg_mode="{self.loss_agg_mode}"', self.max_length
+            )
+
+    @staticmethod
+    def ratio_clip(eps_low: float, eps_high: float) -> dict[str, float]:
+        """The log-space `clip_low`, `clip_high` of a ratio clip to [1 - eps_low, 1 + eps_high]: `LossConfig(**ratio_clip(.2, .2))`."""
+        _expect("eps_low", 0 < eps_low < 1, "a number in (0, 1)", eps_low)
+        _expect("eps_high", 0 < eps_high < math.inf, "a finite number > 0", eps_high)
+        return {"clip_low": -math.log1p(-eps_low), "clip_high": math.log1p(eps_high)}
+
+    @classmethod
+    def pmpo(cls, **options: Any) -> LossConfig:
+        """PMPO (arXiv 2601.22521): p per trajectory from its clipped fraction, token clip 0.4 in log space."""
+        return cls(**options)
+
+    @classmethod
+    def grpo(cls, **options: Any) -> LossConfig:
+        """GRPO (arXiv 2402.03300, eq. 3): p = 1, token clip 1 +- 0.2."""
+        return cls(**{"power": 1.0, **cls.ratio_clip(0.2, 0.2), **options})
+
+    @classmethod
+    def dr_grpo(cls, max_length: int, **options: Any) -> LossConfig:
+        """Dr. GRPO (arXiv 2503.20783): GRPO's token sums divided by the constant `max_length` (tokens)."""
+        return cls.grpo(**{"loss_agg_mode": "seq-mean-token-sum-norm", "max_length": max_length, **options})
+
+    @classmethod
+    def dapo(cls, **options: Any) -> LossConfig:
+        """DAPO (arXiv 2503.14476, eq. 8): p = 1, clip higher 0.2 / 0.28, mean over all tokens."""
+        return cls.grpo(**{**cls.ratio_clip(0.2, 0.28), "loss_agg_mode": "token-mean", **options})
+
+    @classmethod
+    def gmpo(cls, **options: Any) -> LossConfig:
+        """GMPO (arXiv 2507.20673, eq. 4): geometric mean, p = 0, token clip 0.4 in log space."""
+        return cls(**{"power": 0.0, **options})
+
+    @classmethod
+    def hmpo(cls, **options: Any) -> LossConfig:
+        """HMPO (the GMPO authors' code): harmonic mean, p = -1, token clip 0.4 in log space."""
+        return cls(**{"power": -1.0, **options})
+
+    @classmethod
+    def gspo(cls, **options: Any) -> LossConfig:
+        """GSPO (arXiv 2507.18071, eq. 5-7): p = 0, the sequence ratio clipped to [1 - 3e-4, 1 + 4e-4]."""
+        return cls(**{"power": 0.0, "clip": "sequence", **cls.ratio_clip(3e-4, 4e-4), **options})
+
+    @classmethod
+    def holder(cls, power: float, **options: Any) -> LossConfig:
+        """HölderPO: power mean of any real p, M_p clipped to 1 +- 0.2."""
+        return cls(**{"power": power, "clip": "sequence", **cls.ratio_clip(0.2, 0.2), **options})
+
+    @classmethod
+    def holder_token(cls, power: float, **options: Any) -> LossConfig:
+        """HölderPO with each token's ratio clipped one-sidedly to 1 +- 0.2 before the power mean."""
+        return cls.holder(power, **{"clip": "token", **options})
+
+    def trajectory_options(self, *, has_power: bool, has_target_ess: bool) -> TrajectoryOptions:
+        """These options as the numbers the kernels read; `has_power`, `has_target_ess`: p or ESS* is given per trajectory."""
+        if has_power or self.power != "ess":
+            rule = FIXED
+        elif has_target_ess:
+            rule = TARGET
+        else:
+            rule = RELATIVE if self.ess_rule == "relative" else ABSOLUTE
+        none = (math.inf, math.inf, math.inf)
+        bounds = (self.clip_low, self.clip_high, math.inf if self.dual_clip is None else math.log(self.dual_clip))
+        return TrajectoryOptions(
+            rule,
+            0.0 if self.power == "ess" else float(self.power),
+            self.power_min,
+            self.power_max,
+            self.full_clip_fraction,
+            self.ess_sharpness,
+            self.ess_floor,
+            *(bounds if self.clip == "token" else none),
+            *(bounds if self.clip == "sequence" else none),
+            float(self.loss_agg_mode != "seq-mean-token-mean"),
+            float(self.max_length or 1),
+            self.beta,
+            float(self.kl_estimator[1]),
+            self.entropy_coef,
+        )
+
+
+def _expect(name: str, ok: bool, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _number(name: str, value: object, expected: str) -> float:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    _expect(name, ok, expected, value)
+    return float(value)  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+"""Which implementations run here, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+USABLE = "usable"
+IMPLS = ("triton", "cpp", "reference")
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if interpreted():
+        return f"{USABLE} on CPU tensors, under Triton's interpreter (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to PyTorch; set TRITON_INTERPRET=1 to run the kernels on CPU tensors under Triton's interpreter"
+    return f"{USABLE} on GPU tensors ({torch.cuda.get_device_name()})"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run under its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def available_impls() -> dict[str, str]:
+    """Each implementation's name with "usable ..." or the reason why it cannot run here.
+
+    >>> available_impls()["reference"]
+    'usable on any device (eager PyTorch, the specification)'
+    """
+    return {
+        "triton": _triton(),
+        "cpp": "the C++ kernels are not part of this version",
+        "reference": f"{USABLE} on any device (eager PyTorch, the specification)",
+    }
+
+
+def resolve_impl(impl: str | None, device: torch.device) -> str:
+    """The implementation that runs on `device`: the named one or an error with the reason; None chooses.
+
+    None chooses Triton for GPU tensors and the reference for CPU tensors.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a named implementation that cannot run here, or Triton missing for GPU tensors.
+    """
+    if impl is None:
+        impl = "triton" if device.type == "cuda" else "reference"
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected None or one of {list(IMPLS)}, got {impl!r}")
+    status = available_impls()[impl]
+    if not status.startswith(USABLE):
+        raise RuntimeError(f"impl={impl!r} cannot run on {device.type} tensors: {status}")
+    if impl == "triton" and device.type != "cuda" and not interpreted():
+        raise RuntimeError(
+            f"impl='triton' cannot run on {device.type} tensors: set TRITON_INTERPRET=1 to run the kernels under Triton's interpreter"
+        )
+    return impl

@@ -1,0 +1,364 @@
+"""The specification: each stage as short eager functions, one per arrow of the flow, any float dtype.
+
+    logits --token_logp--> logp, row_max, row_sum, entropy
+    logp   --trajectory--> stats (policy loss, p, ESS, ...), dlogp, dentropy
+    logits --dlogits-----> gradient of the logits
+
+Every function but `solve_power` and the two gradients is differentiable by autograd, which is how the gradients written
+out here (and in C++ and Triton, in the same order with the same names) are tested. Values are selected before `exp`,
+never multiplied by a mask after it. The `trajectory` stage computes in float64: it costs O(tokens).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels.config import ABSOLUTE, FIXED, TARGET, TrajectoryOptions
+
+MAX_NEWTON_ITERATIONS = 20
+NEWTON_TOLERANCE = 1e-10
+
+STATS = (
+    "tokens",
+    "weight",
+    "policy_loss",
+    "kl",
+    "entropy",
+    "power",
+    "ess",
+    "ess_target",
+    "clipped_low",
+    "clipped_high",
+    "ratio_sum",
+    "ratio_max",
+    "approx_kl",
+)
+"""Rows of the `trajectory` stage's statistics (S, B) float64, in every implementation; sums over a trajectory's tokens."""
+
+
+# --- stage 1: token_logp ---------------------------------------------------------------------------------------------
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; float32 and below are computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def token_logp(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp = z_y - logsumexp(z) and entropy H = -sum_j q_j log q_j of z = logits / temperature (design 2.1, 2.7).
+
+    The logsumexp is returned in two parts, `row_max` + log(`row_sum`): one float32 number would cost the gradient up to
+    1e-6 of relative accuracy. Masked rows give 0 (row_sum 1); an id outside [0, V) gives NaN.
+
+    Args: logits (B, S, V) with S = T or T + 1, token_ids (B, T), mask (B, T) bool or None. Returns four (B, T) tensors.
+    """
+    T, V = token_ids.shape[1], logits.shape[2]
+    keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    z = torch.where(keep[..., None], logits[:, :T], 0).to(compute_dtype(logits.dtype)) / temperature
+    row_max = z.detach().amax(-1)
+    centred = z - row_max[..., None]
+    e = centred.exp()
+    row_sum = e.sum(-1)
+    known = (token_ids >= 0) & (token_ids < V)
+    target = centred.gather(-1, torch.where(known, token_ids, 0)[..., None].long())[..., 0]
+    logp = torch.where(known, target - row_sum.log(), torch.nan)
+    entropy = row_sum.log() - (e * torch.where(centred > -torch.inf, centred, 0)).sum(-1) / row_sum
+    return (
+        torch.where(keep, logp, 0),
+        torch.where(keep, row_max, 0),
+        torch.where(keep, row_sum, 1),
+        torch.where(keep, entropy, 0),
+    )
+
+
+# --- stage 2: trajectory ---------------------------------------------------------------------------------------------
+
+
+class Segments:
+    """Reductions over the tokens of each trajectory of a flat (N,) tensor, and the way back."""
+
+    def __init__(self, cu_seqlens: Tensor, tokens: int) -> None:
+        self.offsets = cu_seqlens.long()
+        position = torch.arange(tokens, device=cu_seqlens.device)
+        self.owner = torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return torch.segment_reduce(x, "sum", offsets=self.offsets, unsafe=True)
+
+    def max(self, x: Tensor) -> Tensor:
+        return torch.segment_reduce(x, "max", offsets=self.offsets, initial=-torch.inf, unsafe=True)
+
+    def spread(self, per_trajectory: Tensor) -> Tensor:
+        return per_trajectory[self.owner]
+
+
+class LogWeights(NamedTuple):
+    """l = log a of each token, centred on each trajectory's mean; dead = some a_t is 0."""
+
+    x: Tensor  # (N,) l - mean, 0 where not alive
+    alive: Tensor  # (N,) bool: a response token with a_t > 0
+    mean: Tensor  # (B,) mean of l over alive tokens
+    x_min: Tensor  # (B,)
+    x_max: Tensor  # (B,)
+    tokens: Tensor  # (B,) response tokens n, alive or not
+    has_zero: Tensor  # (B,) bool: some a_t = 0
+    seg: Segments
+
+
+def clip_log_ratio(
+    d: Tensor, advantage: Tensor, low: float, high: float, dual: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pessimistic one-sided clip of design 2.2, on tokens' d or trajectories' log M_p: (clipped d, below, above)."""
+    below = (advantage < 0) & (d < -low)
+    above = ((advantage > 0) & (d > high)) | ((advantage < 0) & (d > dual))
+    bound = torch.where(advantage > 0, high, dual)
+    return torch.where(above, bound.to(d.dtype), torch.where(below, -low, d)), below, above
+
+
+def centre(log_weights: Tensor, valid: Tensor, seg: Segments) -> LogWeights:
+    """Split l (N,) into its trajectory mean and the rest, zero weights set aside."""
+    zero = valid & (log_weights == -torch.inf)
+    alive = valid & ~zero
+    count = seg.sum(alive.double())
+    mean = seg.sum(torch.where(alive, log_weights, 0)) / count.clamp(min=1)
+    x = torch.where(alive, log_weights - seg.spread(mean), 0)
+    fixed = x.detach()
+    return LogWeights(
+        x,
+        alive,
+        mean,
+        torch.where(count > 0, -seg.max(torch.where(alive, -fixed, -torch.inf)), 0),
+        torch.where(count > 0, seg.max(torch.where(alive, fixed, -torch.inf)), 0),
+        seg.sum(valid.double()),
+        seg.sum(zero.double()) > 0,
+        seg,
+    )
+
+
+class Moments(NamedTuple):
+    """The weights a^p of each trajectory at one p."""
+
+    log_mean: Tensor  # (B,) log( (1/n) sum a^p ), of a centred on its mean
+    deficit: Tensor  # (B,) log(n / ESS(p)) = log(1 + CV^2 of a^p)
+    slope: Tensor  # (B,) d deficit / dp
+
+
+def moments(l: LogWeights, p: Tensor) -> Moments:
+    """Numerics of design 6: centred expm1 where max |p x| < 1, else shifted exp; so small p keeps its digits."""
+    n = l.tokens.clamp(min=1)
+    top = torch.maximum(p * l.x_min, p * l.x_max)
+    small = (torch.maximum(top, -torch.minimum(p * l.x_min, p * l.x_max)) < 1) & ~l.has_zero
+    px, is_small, seg = l.seg.spread(p) * l.x, l.seg.spread(small), l.seg
+    e = torch.where(is_small, torch.expm1(torch.where(is_small, px, 0)), 0)
+    w = torch.where(is_small, 1 + e, torch.where(is_small, 0, px - seg.spread(top)).exp())
+    e, w = torch.where(l.alive, e, 0), torch.where(l.alive, w, 0)
+
+    mean_e, sum_w, sum_ww = seg.sum(e) / n, seg.sum(w), seg.sum(w * w)
+    sum_w, sum_ww = torch.where(sum_w > 0, sum_w, 1), torch.where(sum_ww > 0, sum_ww, 1)
+    cv2 = (seg.sum(e * e) / n - mean_e**2) / (1 + mean_e) ** 2
+    return Moments(
+        torch.where(small, torch.log1p(mean_e), top + torch.log(sum_w / n)),
+        torch.where(small, torch.log1p(torch.where(small, cv2, 0)), torch.log(n * sum_ww) - 2 * torch.log(sum_w)),
+        2 * (seg.sum(w * w * l.x) / sum_ww - seg.sum(w * l.x) / sum_w),
+    )
+
+
+def log_power_mean(l: LogWeights, p: Tensor, log_mean: Tensor) -> Tensor:
+    """log M_p of design 2.3 for any real p: the mean of log a at p = 0; -inf where p <= 0 meets a zero weight."""
+    at_zero = p == 0
+    value = l.mean + torch.where(at_zero, 0, log_mean / torch.where(at_zero, 1, p))
+    nothing_left = (l.has_zero & (p <= 0)) | (l.has_zero & (l.seg.sum(l.alive.double()) == 0))
+    return torch.where(nothing_left, -torch.inf, value)
+
+
+def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o: TrajectoryOptions) -> Tensor:
+    """log(n / ESS*) (B,) of the rule in design 2.4, from the number of clipped tokens (B,)."""
+    n = l.tokens.clamp(min=1)
+    if o.rule == TARGET:
+        assert target_ess is not None
+        return torch.log(n) - torch.log(target_ess.double())
+    severity = (clipped / n / o.full_clip_fraction).clamp(max=1) ** o.ess_sharpness
+    if o.rule == ABSOLUTE:
+        return -torch.log(o.ess_floor + (1 - o.ess_floor) * severity)
+    lost = -torch.expm1(-moments(l, torch.full_like(n, o.power_max)).deficit)
+    return -torch.log1p(-(1 - severity) * lost)
+
+
+@torch.no_grad()
+def solve_power(
+    l: LogWeights, deficit: Tensor, power_min: float, power_max: float
+) -> tuple[Tensor, Tensor]:
+    """p (B,) with log(n / ESS(p)) = deficit, and its Newton iterations (B,): design 2.5, in u = p^2 inside a bracket.
+
+    A deficit out of reach gives the end of [power_min, power_max] that is nearest; equal weights give power_max.
+    """
+    n = l.tokens.clamp(min=1)
+    lo, hi = torch.full_like(n, power_min**2), torch.full_like(n, power_max**2)
+    at_max = (moments(l, hi.sqrt()).deficit <= deficit) | ((l.x_max <= l.x_min) & ~l.has_zero)
+    at_min = ~at_max & ((deficit <= 0) | (moments(l, lo.sqrt()).deficit >= deficit))
+    variance = l.seg.sum(l.x**2) / n
+    u = deficit / variance
+    u = torch.where((u > lo) & (u < hi), u, (lo + hi) / 2)
+    done, iterations = at_max | at_min, torch.zeros_like(n)
+    tolerance = NEWTON_TOLERANCE * deficit.clamp(max=1)
+    for _ in range(MAX_NEWTON_ITERATIONS):
+        if u.device.type == "cpu" and bool(done.all()):
+            break
+        p = u.sqrt()
+        at = moments(l, p)
+        g = at.deficit - deficit
+        iterations += ~done
+        lo, hi = torch.where(g < 0, u, lo), torch.where(g > 0, u, hi)
+        step = u - g * 2 * p / at.slope
+        step = torch.where((step > lo) & (step < hi), step, (lo + hi) / 2)
+        done = done | (g.abs() <= tolerance)
+        u = torch.where(done, u, step)
+    p = torch.where(at_max, power_max, torch.where(at_min, power_min, u.sqrt()))
+    return p, iterations.long()
+
+
+def kl_penalty(r: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    """Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp."""
+    if order == 1:
+        return -r, torch.ones_like(r)
+    if order == 2:
+        return r * r / 2, -r
+    return torch.expm1(r) - r, -torch.expm1(r)
+
+
+def log_ratio(logp: Tensor, old_logp: Tensor | None, valid: Tensor) -> Tensor:
+    """d = logp - old_logp (N,) float64, 0 where masked; on-policy (old_logp None) it is 0 and still has a gradient."""
+    logp = torch.where(valid, logp, 0).double()
+    if old_logp is not None:
+        return logp - torch.where(valid, old_logp, 0).double()
+    return torch.where(logp == -torch.inf, 0, logp - logp.detach())
+
+
+def choose_power(
+    l: LogWeights, clipped: Tensor, power: Tensor | None, target_ess: Tensor | None, o: TrajectoryOptions
+) -> tuple[Tensor, Tensor | None]:
+    """p (B,) and, where it is solved, the deficit log(n / ESS*) that it was solved for."""
+    if o.rule == FIXED:
+        return torch.full_like(l.mean, o.power).detach() if power is None else power.double(), None
+    with torch.no_grad():
+        deficit = target_deficit(l, clipped, target_ess, o)
+    return solve_power(l, deficit, o.power_min, o.power_max)[0], deficit
+
+
+def trajectory(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    ref_logp: Tensor | None,
+    rollout_weights: Tensor | None,
+    entropy: Tensor | None,
+    power: Tensor | None,
+    target_ess: Tensor | None,
+    options: TrajectoryOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics and per-token gradient of every trajectory (design 2.2 - 2.7), before the division by D.
+
+    Token tensors are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1]; advantages, power and
+    target_ess (B,). Returns dlogp (N,), dentropy (N,) (empty without an entropy term) and stats (S, B), see `STATS`.
+    """
+    o, seg = options, Segments(cu_seqlens, logp.numel())
+    valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    A = advantages.double()
+
+    d = log_ratio(logp, old_logp, valid)
+    log_a, below, above = clip_log_ratio(d, seg.spread(A), o.token_low, o.token_high, o.token_dual)
+    if rollout_weights is not None:
+        log_a = log_a + torch.where(valid, rollout_weights, 1).double().log()
+    l = centre(log_a, valid, seg)
+    n, some = l.tokens.clamp(min=1), l.tokens > 0
+    clipped_low, clipped_high = seg.sum((valid & below).double()), seg.sum((valid & above).double())
+
+    p, deficit = choose_power(l, clipped_low + clipped_high, power, target_ess, o)
+    at = moments(l, p)
+    log_m = log_power_mean(l, p, at.log_mean)
+    clipped_m, m_below, m_above = clip_log_ratio(log_m, A, o.sequence_low, o.sequence_high, o.sequence_dual)
+    acts = some & (A != 0) & (log_m != -torch.inf)
+    policy_loss = torch.where(acts, -A * torch.where(acts, clipped_m, 0).exp(), 0)
+    weight = torch.where(some, l.tokens**o.by_length / o.length_norm, 0)
+
+    # -w A M_p W_t where nothing is clipped; M_p W_t in log space
+    log_mw = seg.spread(log_m - at.log_mean - n.log()) + seg.spread(p) * l.x
+    flows = l.alive & ~below & ~above & seg.spread(acts & ~m_below & ~m_above)
+    dlogp = torch.where(flows, -seg.spread(weight * A) * torch.where(flows, log_mw, 0).exp(), 0)
+
+    # KL and entropy: token means, weighted alike
+    per_token = torch.where(valid, seg.spread(weight / n), 0)
+    kl, entropy_sum, dentropy = torch.zeros_like(n), torch.zeros_like(n), logp.new_empty(0)
+    if ref_logp is not None:
+        r = torch.where(valid, ref_logp, 0).double() - torch.where(valid, logp, 0).double()
+        token_kl, dkl = kl_penalty(r, o.kl_order)
+        kl = seg.sum(token_kl)
+        dlogp = dlogp + o.beta * per_token * dkl if o.beta else dlogp
+    if entropy is not None:
+        entropy_sum = seg.sum(torch.where(valid, entropy, 0).double())
+        dentropy = -o.entropy_coef * per_token if o.entropy_coef else dentropy
+
+    ess = torch.where(some & ~(l.has_zero & (p <= 0)), n * torch.exp(-at.deficit), 0)
+    ratio = torch.where(valid, d.exp(), 0)
+    rows = {
+        "tokens": l.tokens,
+        "weight": weight,
+        "policy_loss": policy_loss,
+        "kl": kl,
+        "entropy": entropy_sum,
+        "power": p,
+        "ess": ess,
+        "ess_target": ess if deficit is None else torch.where(some, n * torch.exp(-deficit), 0),
+        "clipped_low": torch.where(m_below, l.tokens, clipped_low),
+        "clipped_high": torch.where(m_above, l.tokens, clipped_high),
+        "ratio_sum": seg.sum(ratio),
+        "ratio_max": seg.max(ratio).clamp(min=0),
+        "approx_kl": seg.sum(torch.where(valid, torch.expm1(d) - d, 0)),
+    }
+    return dlogp.to(logp.dtype), dentropy.to(logp.dtype), torch.stack([rows[name] for name in STATS])
+
+
+# --- stage 3: dlogits ------------------------------------------------------------------------------------------------
+
+
+def dlogits(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    entropy: Tensor,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    temperature: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the logits (design 2.3, 2.7), q = softmax(logits / temperature):
+
+        dlogits_j = ( dlogp (1[j = y] - q_j) - dentropy q_j (log q_j + H) ) / temperature
+
+    Written to `out` if given, which may be the logits. Rows that are masked, beyond T, or whose dlogp and dentropy are both 0 are exactly 0 and do not depend on the logits.
+    """
+    T = token_ids.shape[1]
+    g = torch.zeros_like(row_max) if dlogp is None else dlogp
+    h = torch.zeros_like(row_max) if dentropy is None else dentropy
+    row = (g != 0) | (h != 0)
+    row = row if mask is None else row & mask
+    known = (token_ids >= 0) & (token_ids < logits.shape[2])
+    g = torch.where(known, g, torch.nan)
+    z = torch.where(row[..., None], logits[:, :T], 0).to(row_max.dtype) / temperature
+    log_q = z - row_max[..., None] - row_sum.log()[..., None]
+    q = log_q.exp()
+    grad = -q * g[..., None] - torch.where(q > 0, q * (log_q + entropy[..., None]), q) * h[..., None]
+    grad = grad.scatter_add(-1, torch.where(known, token_ids, 0)[..., None].long(), g[..., None])
+    out = torch.empty_like(logits) if out is None else out
+    out[:, T:] = 0
+    out[:, :T] = torch.where(row[..., None], grad / temperature, 0)
+    return out

@@ -1,0 +1,95 @@
+"""The host-side Newton solver for p, in float64."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels import checks
+from pmpo_kernels.reference import Segments, centre, moments
+from pmpo_kernels.reference import solve_power as newton
+
+
+class PowerResults(NamedTuple):
+    """How the solution was reached, (B,) each: Newton iterations (at most 20; 0 where an end of the bracket is the
+    answer) and residual log(n / ESS(p)) - log(n / target_ess), which is only 0 where the target can be reached."""
+
+    iterations: Tensor
+    residual: Tensor
+
+
+@overload
+def solve_power(
+    log_weights: Tensor,
+    target_ess: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    power_max: float = 1.0,
+    full_output: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def solve_power(
+    log_weights: Tensor,
+    target_ess: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    power_max: float = 1.0,
+    full_output: Literal[True],
+) -> tuple[Tensor, PowerResults]: ...
+def solve_power(
+    log_weights: Tensor,
+    target_ess: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    power_max: float = 1.0,
+    full_output: bool = False,
+) -> Tensor | tuple[Tensor, PowerResults]:
+    """p in [0, power_max] at which ESS(p) = 1 / sum_t W_t(p)^2, W = softmax(p l), equals `target_ess` (arXiv 2601.22521).
+
+    Newton in u = p^2 on log(n / ESS(p)), started at log(n / ESS*) / Var(l), inside a bracket: on the host, float64.
+
+    Args:
+        log_weights: l = log a, (B, T), or packed (N,) with cu_seqlens; float. -inf is a weight of 0.
+        target_ess: (B,) float, in tokens. At or above n gives p = 0, at or below ESS(power_max) gives power_max, and so
+            do weights that are all equal.
+        mask, cu_seqlens: as in `pmpo_loss`.
+        power_max: upper end of the bracket, > 0.
+        full_output: also return `PowerResults`.
+
+    Returns:
+        p (B,) float64 on the device of `log_weights`; or (p, PowerResults).
+
+    Raises:
+        TypeError, ValueError: a wrong argument; NaN or +inf in an unmasked log weight; NaN in target_ess.
+    """
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(f"log_weights: expected a tensor, got {type(log_weights).__name__}")
+    device, shape = log_weights.device, log_weights.shape
+    checks.check_tensor("log_weights", log_weights, dtypes=checks.FLOATS, device=device, shape=shape)
+    power_max = checks.check_number("power_max", power_max)
+    mask = checks.check_constant("mask", mask, dtypes=checks.MASKS, device=device, shape=shape)
+    offsets = checks.check_offsets("log_weights", log_weights, cu_seqlens).cpu()
+    B = offsets.numel() - 1
+    checks.check_tensor("target_ess", target_ess, dtypes=checks.FLOATS, device=device, shape=(B,))
+    checks.check_cu_seqlens(offsets, log_weights.numel())
+
+    flat = log_weights.detach().reshape(-1).cpu().double()
+    valid = torch.ones_like(flat, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu() != 0
+    flat = torch.where(valid, flat, 0)
+    target = target_ess.detach().cpu().double()
+    if bool((flat.isnan() | (flat == torch.inf)).any()):
+        raise ValueError("log_weights: expected finite values or -inf where mask is true, got NaN or +inf")
+    if bool(target.isnan().any()):
+        raise ValueError("target_ess: expected numbers, got NaN")
+    l = centre(flat, valid, Segments(offsets, flat.numel()))
+    deficit = torch.log(l.tokens.clamp(min=1)) - torch.log(target)
+    p, iterations = newton(l, deficit, 0.0, power_max)
+    if not full_output:
+        return p.to(device)
+    residual = moments(l, p).deficit - deficit
+    return p.to(device), PowerResults(iterations.to(device), residual.to(device))

@@ -1,0 +1,43 @@
+"""What the launchers share: block sizes, alignment, the current device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Trajectory tokens a step: fixed, so that a trajectory's sums have the same order in every batch.
+BLOCK_TOKENS = 1024
+# Elements of one vectorised access in the vocabulary loops, which is also the granularity of `ALIGNED`.
+VECTOR = 8
+
+
+class VocabLaunch(NamedTuple):
+    """Compile-time settings of the kernels that loop over the vocabulary."""
+
+    BLOCK_V: int
+    num_warps: int
+
+
+def vocab_launch(V: int, itemsize: int) -> VocabLaunch:
+    """16 bytes a thread and step for 256 threads, doubled for 2-byte logits; smaller blocks for small V."""
+    block = min(max(triton.next_power_of_2(V), 64), 16384 // max(itemsize, 4))
+    return VocabLaunch(block, max(1, min(8, block // 256)))
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether each row starts at a multiple of `VECTOR` elements, so that a masked access can be 128 bits wide."""
+    return all(t.stride(0) % VECTOR == 0 and t.stride(1) % VECTOR == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch on the tensor's device; nothing to do on the CPU, under the interpreter."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def optional(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    """A pointer that is always valid, and whether it may be read."""
+    return (stand_in, 0) if tensor is None else (tensor.contiguous(), 1)
