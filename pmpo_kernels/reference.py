@@ -114,10 +114,11 @@ def clip_log_ratio(
     d: Tensor, advantage: Tensor, low: float, high: float, dual: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The pessimistic one-sided clip of design 2.2, on tokens' d or trajectories' log M_p: (clipped d, below, above)."""
-    below = (advantage < 0) & (d < -low)
-    above = ((advantage > 0) & (d > high)) | ((advantage < 0) & (d > dual))
-    bound = torch.where(advantage > 0, high, dual)
-    return torch.where(above, bound.to(d.dtype), torch.where(below, -low, d)), below, above
+    unbounded = torch.full_like(advantage, torch.inf)
+    floor = torch.where(advantage < 0, -low, -unbounded)
+    ceiling = torch.where(advantage > 0, high, torch.where(advantage < 0, dual, unbounded))
+    below, above = d < floor, d > ceiling
+    return torch.where(above, ceiling, torch.where(below, floor, d)), below, above
 
 
 def centre(log_weights: Tensor, valid: Tensor, seg: Segments) -> LogWeights:

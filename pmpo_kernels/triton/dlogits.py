@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import VECTOR, is_aligned, on_device, optional, vocab_launch
+from pmpo_kernels.triton.launch import VECTOR, is_aligned, on_device, optional, optional_mask, scalar, vocab_launch
 
 
 @triton.jit(
@@ -70,7 +70,7 @@ def _dlogits_bwd_kernel(
             tl.store(out_row_ptr + cols, zeros, mask=cols < V)
     else:
         logits_row_ptr = logits_ptr + b * stride_logits_b + t * stride_logits_t
-        inv_temperature = (1.0 / temperature).to(dtype)
+        inv_temperature = (1.0 / scalar(temperature)).to(dtype)
         row_max = tl.load(row_max_ptr + row)
         log_sum = tl.log(tl.load(row_sum_ptr + row))
         entropy = tl.load(entropy_ptr + row)
@@ -103,7 +103,7 @@ def dlogits(
     B, S, V = logits.shape
     out = torch.empty_like(logits) if out is None else out
     token_ids = token_ids.contiguous()
-    mask, has_mask = optional(mask, token_ids)
+    mask, has_mask = optional_mask(mask, token_ids)
     dlogp, has_dlogp = optional(dlogp, row_max)
     dentropy, has_dentropy = optional(dentropy, row_max)
     launch = vocab_launch(V, logits.element_size())
@@ -113,7 +113,7 @@ def dlogits(
                 logits,
                 out,
                 token_ids,
-                mask.view(torch.uint8) if has_mask else mask,
+                mask,
                 row_max.contiguous(),
                 row_sum.contiguous(),
                 entropy.contiguous(),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Trajectory tokens a step: fixed, so that a trajectory's sums have the same order in every batch.
@@ -41,3 +42,15 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 def optional(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     """A pointer that is always valid, and whether it may be read."""
     return (stand_in, 0) if tensor is None else (tensor.contiguous(), 1)
+
+
+def optional_mask(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    """As `optional`, always a byte pointer, so that a missing mask compiles nothing new."""
+    tensor, has = optional(mask, stand_in.contiguous())
+    return tensor.view(torch.uint8), has
+
+
+@triton.jit
+def scalar(x):
+    """A float argument as a float64 scalar (the interpreter passes Python floats, which it would round to float32)."""
+    return tl.full((), x, tl.float64)

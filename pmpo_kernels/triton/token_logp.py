@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import VECTOR, is_aligned, on_device, optional, vocab_launch
+from pmpo_kernels.triton.launch import VECTOR, is_aligned, on_device, optional_mask, scalar, vocab_launch
 
 
 @triton.jit(do_not_specialize=["T", "stride_logits_b", "stride_logits_t", "has_mask"])
@@ -41,7 +41,7 @@ def _token_logp_fwd_kernel(
         tl.store(entropy_ptr + row, 0.0)
     else:
         logits_row_ptr = logits_ptr + (row // T) * stride_logits_b + (row % T) * stride_logits_t
-        inv_temperature = (1.0 / temperature).to(dtype)
+        inv_temperature = (1.0 / scalar(temperature)).to(dtype)
         LANES: tl.constexpr = BLOCK_V // VECTOR
         # Each lane keeps its own maximum m, sum s of exp(x - m) and sum u of exp(x - m) (x - m): one exp an element.
         m = tl.full((LANES,), float("-inf"), dtype)
@@ -81,7 +81,7 @@ def token_logp(
     """As `reference.token_logp`; masked rows are not read."""
     V = logits.shape[2]
     token_ids = token_ids.contiguous()
-    mask, has_mask = optional(mask, token_ids)
+    mask, has_mask = optional_mask(mask, token_ids)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logp, row_max, row_sum, entropy = (
         torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4)
@@ -92,7 +92,7 @@ def token_logp(
             _token_logp_fwd_kernel[(token_ids.numel(),)](
                 logits,
                 token_ids,
-                mask.view(torch.uint8) if has_mask else mask,
+                mask,
                 logp,
                 row_max,
                 row_sum,

@@ -1,0 +1,373 @@
+"""Stage `trajectory`: clip, statistics, p, loss and per-token gradient, one program a trajectory, all in float64.
+
+The order and the names are those of `reference`; a trajectory is looped over in blocks, and its log weights are
+recomputed from the log-probs in each pass rather than stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmpo_kernels.config import ABSOLUTE, FIXED, TARGET, TrajectoryOptions
+from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, STATS
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, on_device, optional, optional_mask, scalar
+
+_FIXED = tl.constexpr(FIXED)
+_ABSOLUTE = tl.constexpr(ABSOLUTE)
+_TARGET = tl.constexpr(TARGET)
+_MAX_ITERATIONS = tl.constexpr(MAX_NEWTON_ITERATIONS)
+_TOLERANCE = tl.constexpr(NEWTON_TOLERANCE)
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 to a few ulp, from exp and log alone (Kahan)."""
+    u = tl.exp(x)
+    tiny = u == 1.0
+    huge = (u - 1.0 == -1.0) | (u == _INF)
+    return tl.where(tiny, x, tl.where(huge, u - 1.0, (u - 1.0) * x / tl.log(tl.where(tiny | huge, 2.0, u))))
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) to a few ulp, from log alone (Kahan)."""
+    u = 1.0 + x
+    tiny = u == 1.0
+    return tl.where(tiny, x, tl.log(u) * x / tl.where(tiny, 1.0, u - 1.0))
+
+
+@triton.jit
+def _clip_log_ratio(d, advantage, low, high, dual):
+    floor = tl.where(advantage < 0, -low, -_INF)
+    ceiling = tl.where(advantage > 0, high, tl.where(advantage < 0, dual, _INF))
+    below = d < floor
+    above = d > ceiling
+    return tl.where(above, ceiling, tl.where(below, floor, d)), below, above
+
+
+@triton.jit
+def _token_log_weights(offs, stop, advantage, tokens, bounds):
+    """(log-ratio d, log weight l, response token, clipped below, clipped above) of one block of tokens."""
+    logp_ptr, old_logp_ptr, mask_ptr, rollout_weights_ptr, has_old_logp, has_mask, has_rollout_weights = tokens
+    low, high, dual = bounds
+    valid = offs < stop
+    valid = valid & (tl.load(mask_ptr + offs, mask=valid & (has_mask != 0), other=1) != 0)
+    logp = tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+    old_logp = tl.load(old_logp_ptr + offs, mask=valid & (has_old_logp != 0), other=0.0).to(tl.float64)
+    on_policy = tl.where(logp == -_INF, 0.0, logp - logp)
+    d = tl.where(has_old_logp != 0, logp - old_logp, on_policy)
+    l, below, above = _clip_log_ratio(d, advantage, low, high, dual)
+    v = tl.load(rollout_weights_ptr + offs, mask=valid & (has_rollout_weights != 0), other=1.0).to(tl.float64)
+    return d, l + tl.log(v), valid, valid & below, valid & above
+
+
+@triton.jit
+def _moments(p, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK: tl.constexpr):
+    """(log mean of a^p centred, log(n / ESS), its slope in p) of one trajectory at one p."""
+    top = tl.maximum(p * x_min, p * x_max)
+    small = (tl.maximum(top, -tl.minimum(p * x_min, p * x_max)) < 1) & (has_zero == 0)
+    sum_e = tl.zeros((BLOCK,), tl.float64)
+    sum_ee = tl.zeros((BLOCK,), tl.float64)
+    sum_w = tl.zeros((BLOCK,), tl.float64)
+    sum_ww = tl.zeros((BLOCK,), tl.float64)
+    sum_wx = tl.zeros((BLOCK,), tl.float64)
+    sum_wwx = tl.zeros((BLOCK,), tl.float64)
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        _, l, valid, _, _ = _token_log_weights(offs, stop, advantage, tokens, bounds)
+        alive = valid & (l != -_INF)
+        x = tl.where(alive, l - mean, 0.0)
+        e = tl.where(alive, _expm1(tl.where(small, p * x, 0.0)), 0.0)
+        w = tl.where(small, 1.0 + e, tl.exp(tl.where(small, 0.0, p * x - top)))
+        w = tl.where(alive, w, 0.0)
+        sum_e += e
+        sum_ee += e * e
+        sum_w += w
+        sum_ww += w * w
+        sum_wx += w * x
+        sum_wwx += w * w * x
+    mean_e = tl.sum(sum_e, axis=0) / n
+    total_w = tl.sum(sum_w, axis=0)
+    total_ww = tl.sum(sum_ww, axis=0)
+    total_w = tl.where(total_w > 0, total_w, tl.where(total_w == 0, 1.0, total_w))
+    total_ww = tl.where(total_ww > 0, total_ww, tl.where(total_ww == 0, 1.0, total_ww))
+    cv2 = (tl.sum(sum_ee, axis=0) / n - mean_e * mean_e) / ((1.0 + mean_e) * (1.0 + mean_e))
+    log_mean = tl.where(small, _log1p(mean_e), top + tl.log(total_w / n))
+    deficit = tl.where(small, _log1p(tl.where(small, cv2, 0.0)), tl.log(n * total_ww) - 2.0 * tl.log(total_w))
+    slope = 2.0 * (tl.sum(sum_wwx, axis=0) / total_ww - tl.sum(sum_wx, axis=0) / total_w)
+    return log_mean, deficit, slope
+
+
+@triton.jit
+def _solve_power(
+    deficit, power_min, power_max, at_power_max, variance, mean, x_min, x_max, has_zero, n, start, stop, advantage,
+    tokens, bounds, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """p with log(n / ESS(p)) = deficit: Newton in u = p^2 inside [power_min, power_max], stopped as soon as it is there."""
+    lo = power_min * power_min
+    hi = power_max * power_max
+    _, at_power_min, _ = _moments(
+        power_min, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK
+    )
+    at_max = (at_power_max <= deficit) | ((x_max <= x_min) & (has_zero == 0))
+    at_min = (deficit <= 0) | (at_power_min >= deficit)
+    u = deficit / variance
+    u = tl.where((u > lo) & (u < hi), u, (lo + hi) / 2)
+    left = tl.where(at_max | at_min, 0, _MAX_ITERATIONS)
+    while left > 0:
+        p = tl.sqrt(u)
+        _, now, slope = _moments(p, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
+        g = now - deficit
+        lo = tl.where(g < 0, u, lo)
+        hi = tl.where(g > 0, u, hi)
+        step = u - g * 2.0 * p / slope
+        step = tl.where((step > lo) & (step < hi), step, (lo + hi) / 2)
+        done = tl.abs(g) <= tl.minimum(deficit, 1.0) * _TOLERANCE
+        u = tl.where(done, u, step)
+        left = tl.where(done, 0, left - 1)
+    return tl.where(at_max, power_max, tl.where(at_min, power_min, tl.sqrt(u)))
+
+
+@triton.jit
+def _choose_power(
+    ess_rule, clipped, target_ess, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(p, log(n / ESS*)) of an adaptive rule, from the number of clipped tokens or the given target."""
+    rule, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor = ess_rule
+    variance = tl.zeros((BLOCK,), tl.float64)
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        _, l, valid, _, _ = _token_log_weights(offs, stop, advantage, tokens, bounds)
+        x = tl.where(valid & (l != -_INF), l - mean, 0.0)
+        variance += x * x
+    _, at_power_max, _ = _moments(
+        power_max, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK
+    )
+    fraction = tl.minimum(clipped / n / full_clip_fraction, 1.0)
+    severity = tl.where(fraction > 0, tl.exp(ess_sharpness * tl.log(tl.where(fraction > 0, fraction, 1.0))), 0.0)
+    relative = -_log1p((1.0 - severity) * _expm1(-at_power_max))
+    absolute = -tl.log(ess_floor + (1.0 - ess_floor) * severity)
+    deficit = tl.where(rule == _TARGET, tl.log(n) - tl.log(target_ess), tl.where(rule == _ABSOLUTE, absolute, relative))
+    p = _solve_power(
+        deficit, power_min, power_max, at_power_max, tl.sum(variance, axis=0) / n, mean, x_min, x_max, has_zero, n,
+        start, stop, advantage, tokens, bounds, BLOCK,
+    )  # fmt: skip
+    return p, deficit
+
+
+@triton.jit
+def _reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr, has_ref_logp):
+    """r = ref_logp - logp, 0 without a reference policy."""
+    has = valid & (has_ref_logp != 0)
+    ref_logp = tl.load(ref_logp_ptr + offs, mask=has, other=0.0).to(tl.float64)
+    return ref_logp - tl.load(logp_ptr + offs, mask=has, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _kl_penalty(r, order):
+    """Estimators k1, k2, k3 of the KL and their derivative in logp."""
+    e = _expm1(r)
+    value = tl.where(order == 1, -r, tl.where(order == 2, r * r / 2, e - r))
+    return value, tl.where(order == 1, 1.0, tl.where(order == 2, -r, -e))
+
+
+@triton.jit
+def _token_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK: tl.constexpr):
+    """First pass: counts, sum and range of l, and the sums behind the metrics."""
+    n = tl.zeros((BLOCK,), tl.float64)
+    zeros = tl.zeros((BLOCK,), tl.float64)
+    sum_l = tl.zeros((BLOCK,), tl.float64)
+    l_min = tl.full((BLOCK,), _INF, tl.float64)
+    l_max = tl.full((BLOCK,), -_INF, tl.float64)
+    low = tl.zeros((BLOCK,), tl.float64)
+    high = tl.zeros((BLOCK,), tl.float64)
+    ratio_sum = tl.zeros((BLOCK,), tl.float64)
+    ratio_max = tl.zeros((BLOCK,), tl.float64)
+    approx_kl = tl.zeros((BLOCK,), tl.float64)
+    kl = tl.zeros((BLOCK,), tl.float64)
+    entropy = tl.zeros((BLOCK,), tl.float64)
+    ref_logp_ptr, has_ref_logp, kl_order = ref
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        d, l, valid, below, above = _token_log_weights(offs, stop, advantage, tokens, bounds)
+        zero = valid & (l == -_INF)
+        alive = valid & (l != -_INF)
+        n += valid.to(tl.float64)
+        zeros += zero.to(tl.float64)
+        sum_l += tl.where(alive, l, 0.0)
+        l_min = tl.where(alive & (l < l_min), l, l_min)
+        l_max = tl.where(alive & (l > l_max), l, l_max)
+        low += below.to(tl.float64)
+        high += above.to(tl.float64)
+        ratio = tl.where(valid, tl.exp(d), 0.0)
+        ratio_sum += ratio
+        ratio_max = tl.where(ratio <= ratio_max, ratio_max, ratio)
+        approx_kl += tl.where(valid, _expm1(d) - d, 0.0)
+        r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr, has_ref_logp)
+        kl += _kl_penalty(r, kl_order)[0]
+        entropy += tl.load(entropy_ptr + offs, mask=valid & (has_entropy != 0), other=0.0).to(tl.float64)
+    return (
+        tl.sum(n, axis=0), tl.sum(zeros, axis=0), tl.sum(sum_l, axis=0), tl.min(l_min, axis=0), tl.max(l_max, axis=0),
+        tl.sum(low, axis=0), tl.sum(high, axis=0), tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0),
+        tl.sum(approx_kl, axis=0), tl.sum(kl, axis=0), tl.sum(entropy, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _write_gradient(
+    start, stop, advantage, tokens, bounds, ref, p, mean, log_scale, policy_scale, kl_scale,
+    entropy_scale, dlogp_ptr, dentropy_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Last pass: -w A M_p W_t on unclipped tokens, the KL term's gradient, and that of the entropy."""
+    ref_logp_ptr, has_ref_logp, kl_order = ref
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        _, l, valid, below, above = _token_log_weights(offs, stop, advantage, tokens, bounds)
+        flows = valid & (l != -_INF) & (below == 0) & (above == 0)
+        log_mw = tl.where(flows, log_scale + p * (l - mean), 0.0)
+        dlogp = tl.where(flows, policy_scale * tl.exp(log_mw), 0.0)
+        dlogp = tl.where(policy_scale == 0, 0.0, dlogp)
+        r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr, has_ref_logp)
+        dkl = _kl_penalty(r, kl_order)[1]
+        dlogp += tl.where(kl_scale == 0, 0.0, tl.where(valid, kl_scale * dkl, 0.0))
+        tl.store(dlogp_ptr + offs, dlogp.to(dlogp_ptr.dtype.element_ty), mask=offs < stop)
+        if entropy_scale != 0:
+            dentropy = tl.where(valid, entropy_scale, 0.0).to(dentropy_ptr.dtype.element_ty)
+            tl.store(dentropy_ptr + offs, dentropy, mask=offs < stop)
+
+
+@triton.jit(do_not_specialize=["B", "N", "has_old_logp", "has_mask", "has_ref_logp", "has_rollout_weights",
+                               "has_entropy", "has_power"])  # fmt: skip
+def _trajectory_fwd_kernel(
+    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, cu_seqlens_ptr, ref_logp_ptr, rollout_weights_ptr, entropy_ptr,
+    power_ptr, target_ess_ptr, dlogp_ptr, dentropy_ptr, stats_ptr,
+    B: tl.int64, N: tl.int64,
+    has_old_logp: tl.int32, has_mask: tl.int32, has_ref_logp: tl.int32, has_rollout_weights: tl.int32,
+    has_entropy: tl.int32, has_power: tl.int32,
+    rule: tl.float64, power: tl.float64, power_min: tl.float64, power_max: tl.float64, full_clip_fraction: tl.float64,
+    ess_sharpness: tl.float64, ess_floor: tl.float64, token_low: tl.float64, token_high: tl.float64,
+    token_dual: tl.float64, sequence_low: tl.float64, sequence_high: tl.float64, sequence_dual: tl.float64,
+    by_length: tl.float64, length_norm: tl.float64, beta: tl.float64, kl_order: tl.float64, entropy_coef: tl.float64,
+    BLOCK: tl.constexpr, NUM_STATS: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    start = tl.maximum(tl.load(cu_seqlens_ptr + i).to(tl.int64), 0)
+    stop = tl.minimum(tl.load(cu_seqlens_ptr + i + 1).to(tl.int64), N)
+    A = tl.load(advantages_ptr + i).to(tl.float64)
+    tokens = (logp_ptr, old_logp_ptr, mask_ptr, rollout_weights_ptr, has_old_logp, has_mask, has_rollout_weights)
+    bounds = (scalar(token_low), scalar(token_high), scalar(token_dual))
+    ess_rule = (scalar(rule), scalar(power_min), scalar(power_max), scalar(full_clip_fraction), scalar(ess_sharpness),
+                scalar(ess_floor))  # fmt: skip
+    ref = (ref_logp_ptr, has_ref_logp, scalar(kl_order))
+    by_length, length_norm, power = scalar(by_length), scalar(length_norm), scalar(power)
+    beta, entropy_coef = scalar(beta), scalar(entropy_coef)
+
+    count, zeros, sum_l, l_min, l_max, low, high, ratio_sum, ratio_max, approx_kl, kl, entropy = _token_sums(
+        start, stop, A, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK
+    )
+    some = count > 0
+    n = tl.maximum(count, 1.0)
+    alive = count - zeros
+    has_zero = zeros > 0
+    mean = sum_l / tl.maximum(alive, 1.0)
+    x_min = tl.where(alive > 0, l_min - mean, 0.0)
+    x_max = tl.where(alive > 0, l_max - mean, 0.0)
+
+    p = tl.load(power_ptr + i, mask=has_power != 0, other=0.0).to(tl.float64)
+    p = tl.where(has_power != 0, p, power)
+    deficit_target = p * 0.0
+    if ess_rule[0] != _FIXED:
+        target_ess = tl.load(target_ess_ptr + i, mask=ess_rule[0] == _TARGET, other=1.0).to(tl.float64)
+        p, deficit_target = _choose_power(
+            ess_rule, low + high, target_ess, mean, x_min, x_max, has_zero, n, start, stop, A, tokens, bounds, BLOCK,
+        )  # fmt: skip
+    log_mean, deficit, _ = _moments(p, mean, x_min, x_max, has_zero, n, start, stop, A, tokens, bounds, BLOCK)
+
+    log_m = mean + tl.where(p == 0, 0.0, log_mean / tl.where(p == 0, 1.0, p))
+    log_m = tl.where((has_zero & (p <= 0)) | (has_zero & (alive == 0)), -_INF, log_m)
+    clipped_m, m_below, m_above = _clip_log_ratio(
+        log_m, A, scalar(sequence_low), scalar(sequence_high), scalar(sequence_dual)
+    )
+    acts = some & (A != 0) & (log_m != -_INF)
+    policy_loss = tl.where(acts, -A * tl.exp(tl.where(acts, clipped_m, 0.0)), 0.0)
+    weight = tl.where(some, tl.where(by_length != 0, count, 1.0) / length_norm, 0.0)
+
+    _write_gradient(
+        start, stop, A, tokens, bounds, ref, p, mean, log_m - log_mean - tl.log(n),
+        tl.where(acts & (m_below == 0) & (m_above == 0), -weight * A, 0.0), beta * weight / n,
+        -entropy_coef * weight / n,
+        dlogp_ptr, dentropy_ptr, BLOCK,
+    )  # fmt: skip
+
+    ess = tl.where(some & ((has_zero & (p <= 0)) == 0), n * tl.exp(-deficit), 0.0)
+    ess_target = tl.where(ess_rule[0] == _FIXED, ess, tl.where(some, n * tl.exp(-deficit_target), 0.0))
+    low = tl.where(m_below, count, low)
+    high = tl.where(m_above, count, high)
+    stats = (
+        count, weight, policy_loss, kl, entropy, p, ess, ess_target, low, high, ratio_sum, ratio_max, approx_kl
+    )  # fmt: skip
+    for k in tl.static_range(NUM_STATS):
+        tl.store(stats_ptr + k * B + i, stats[k])
+
+
+def trajectory(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    ref_logp: Tensor | None,
+    rollout_weights: Tensor | None,
+    entropy: Tensor | None,
+    power: Tensor | None,
+    target_ess: Tensor | None,
+    options: TrajectoryOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.trajectory`."""
+    B, N = advantages.numel(), logp.numel()
+    logp = logp.contiguous()
+    old_logp, has_old_logp = optional(old_logp, logp)
+    mask, has_mask = optional_mask(mask, cu_seqlens)
+    ref_logp, has_ref_logp = optional(ref_logp, logp)
+    rollout_weights, has_rollout_weights = optional(rollout_weights, logp)
+    entropy, has_entropy = optional(entropy, logp)
+    power, has_power = optional(power, advantages)
+    target_ess, _ = optional(target_ess, advantages)
+    dlogp = torch.empty_like(logp)
+    dentropy = logp.new_empty(N if has_entropy and options.entropy_coef else 0)
+    stats = torch.empty(len(STATS), B, dtype=torch.float64, device=logp.device)
+    if B:
+        with on_device(logp):
+            _trajectory_fwd_kernel[(B,)](
+                logp,
+                old_logp,
+                advantages.contiguous(),
+                mask,
+                cu_seqlens.contiguous(),
+                ref_logp,
+                rollout_weights,
+                entropy,
+                power,
+                target_ess,
+                dlogp,
+                dentropy,
+                stats,
+                B,
+                N,
+                has_old_logp,
+                has_mask,
+                has_ref_logp,
+                has_rollout_weights,
+                has_entropy,
+                has_power,
+                **options._asdict(),
+                BLOCK=BLOCK_TOKENS,
+                NUM_STATS=len(STATS),
+                num_warps=8,
+            )
+    return dlogp, dentropy, stats
