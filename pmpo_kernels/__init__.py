@@ -5,10 +5,12 @@ from pmpo_kernels.api import PMPOOutput, TokenLogp, pmpo_loss, pmpo_loss_from_lo
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import available_impls
 from pmpo_kernels.solver import solve_power
+from pmpo_kernels.version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
+    "__version__",
     "LossConfig",
     "PMPOOutput",
     "TokenLogp",

@@ -1,0 +1,18 @@
+"""The Typer application; each command lives in the file of its name and imports what is heavy when it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from pmpo_kernels.cli import bench, demo, info, verify
+
+app = typer.Typer(
+    name="pmpo-kernels", help="Fused power-mean policy losses: GRPO to PMPO.", no_args_is_help=True, add_completion=False
+)
+for module in (info, verify, bench, demo):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+def main() -> None:
+    """Entry point of `pmpo-kernels` and `python -m pmpo_kernels`."""
+    app()
