@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import VECTOR, is_aligned, on_device, optional, optional_mask, scalar, vocab_launch
+from pmpo_kernels.triton.launch import on_device, optional, optional_mask, row_vector, scalar, vocab_launch
 
 
 @triton.jit(
@@ -46,7 +46,6 @@ def _dlogits_bwd_kernel(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VECTOR: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     b = program // S
@@ -54,12 +53,7 @@ def _dlogits_bwd_kernel(
     row = b * T + t
     inside = t < T
     dtype: tl.constexpr = row_max_ptr.dtype.element_ty
-    if ALIGNED:
-        stride_logits_b = tl.multiple_of(stride_logits_b, VECTOR)
-        stride_logits_t = tl.multiple_of(stride_logits_t, VECTOR)
-        stride_out_b = tl.multiple_of(stride_out_b, VECTOR)
-        stride_out_t = tl.multiple_of(stride_out_t, VECTOR)
-    out_row_ptr = out_ptr + b * stride_out_b + t * stride_out_t
+    out_row_ptr = out_ptr + (b * stride_out_b + t * stride_out_t) * VECTOR
     keep = inside & (tl.load(mask_ptr + row, mask=inside & (has_mask != 0), other=1) != 0)
     dlogp = tl.load(dlogp_ptr + row, mask=keep & (has_dlogp != 0), other=0.0)
     dentropy = tl.load(dentropy_ptr + row, mask=keep & (has_dentropy != 0), other=0.0)
@@ -69,7 +63,7 @@ def _dlogits_bwd_kernel(
             cols = start + tl.arange(0, BLOCK_V)
             tl.store(out_row_ptr + cols, zeros, mask=cols < V)
     else:
-        logits_row_ptr = logits_ptr + b * stride_logits_b + t * stride_logits_t
+        logits_row_ptr = logits_ptr + (b * stride_logits_b + t * stride_logits_t) * VECTOR
         inv_temperature = (1.0 / scalar(temperature)).to(dtype)
         row_max = tl.load(row_max_ptr + row)
         log_sum = tl.log(tl.load(row_sum_ptr + row))
@@ -106,7 +100,7 @@ def dlogits(
     mask, has_mask = optional_mask(mask, token_ids)
     dlogp, has_dlogp = optional(dlogp, row_max)
     dentropy, has_dentropy = optional(dentropy, row_max)
-    launch = vocab_launch(V, logits.element_size())
+    launch, vector = vocab_launch(V, logits.element_size()), row_vector(logits, out)
     if B * S:
         with on_device(logits):
             _dlogits_bwd_kernel[(B * S,)](
@@ -121,18 +115,17 @@ def dlogits(
                 dentropy,
                 token_ids.shape[1],
                 S,
-                logits.stride(0),
-                logits.stride(1),
-                out.stride(0),
-                out.stride(1),
+                logits.stride(0) // vector,
+                logits.stride(1) // vector,
+                out.stride(0) // vector,
+                out.stride(1) // vector,
                 has_mask,
                 has_dlogp,
                 has_dentropy,
                 temperature,
                 V=V,
                 BLOCK_V=launch.BLOCK_V,
-                VECTOR=VECTOR,
-                ALIGNED=is_aligned(logits, out),
+                VECTOR=vector,
                 num_warps=launch.num_warps,
             )
     return out

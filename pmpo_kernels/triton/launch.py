@@ -12,8 +12,6 @@ from torch import Tensor
 
 # Trajectory tokens a step: fixed, so that a trajectory's sums have the same order in every batch.
 BLOCK_TOKENS = 1024
-# Elements of one vectorised access in the vocabulary loops, which is also the granularity of `ALIGNED`.
-VECTOR = 8
 
 
 class VocabLaunch(NamedTuple):
@@ -29,9 +27,16 @@ def vocab_launch(V: int, itemsize: int) -> VocabLaunch:
     return VocabLaunch(block, max(1, min(8, block // 256)))
 
 
-def is_aligned(*tensors: Tensor) -> bool:
-    """Whether each row starts at a multiple of `VECTOR` elements, so that a masked access can be 128 bits wide."""
-    return all(t.stride(0) % VECTOR == 0 and t.stride(1) % VECTOR == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+def row_vector(*rows: Tensor) -> int:
+    """Elements of one 16-byte access if every row of these (B, S, V) tensors starts and ends on such a boundary, else 1.
+
+    Row strides are passed in this unit and multiplied by it, a constant, inside the kernel: so the compiler knows that
+    rows are aligned, and masked accesses are 128 bits wide.
+    """
+    vector = 16 // rows[0].element_size()
+    sizes = [size for t in rows for size in (t.shape[-1], t.stride(0), t.stride(1))]
+    aligned = all(size % vector == 0 for size in sizes) and all(t.data_ptr() % 16 == 0 for t in rows)
+    return vector if aligned else 1
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

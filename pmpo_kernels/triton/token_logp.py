@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import VECTOR, is_aligned, on_device, optional_mask, scalar, vocab_launch
+from pmpo_kernels.triton.launch import on_device, optional_mask, row_vector, scalar, vocab_launch
 
 
 @triton.jit(do_not_specialize=["T", "stride_logits_b", "stride_logits_t", "has_mask"])
@@ -27,20 +27,16 @@ def _token_logp_fwd_kernel(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VECTOR: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = logp_ptr.dtype.element_ty
-    if ALIGNED:
-        stride_logits_b = tl.multiple_of(stride_logits_b, VECTOR)
-        stride_logits_t = tl.multiple_of(stride_logits_t, VECTOR)
     if tl.load(mask_ptr + row, mask=has_mask != 0, other=1) == 0:
         tl.store(logp_ptr + row, 0.0)
         tl.store(row_max_ptr + row, 0.0)
         tl.store(row_sum_ptr + row, 1.0)
         tl.store(entropy_ptr + row, 0.0)
     else:
-        logits_row_ptr = logits_ptr + (row // T) * stride_logits_b + (row % T) * stride_logits_t
+        logits_row_ptr = logits_ptr + ((row // T) * stride_logits_b + (row % T) * stride_logits_t) * VECTOR
         inv_temperature = (1.0 / scalar(temperature)).to(dtype)
         LANES: tl.constexpr = BLOCK_V // VECTOR
         # Each lane keeps its own maximum m, sum s of exp(x - m) and sum u of exp(x - m) (x - m): one exp an element.
@@ -86,7 +82,7 @@ def token_logp(
     logp, row_max, row_sum, entropy = (
         torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4)
     )
-    launch = vocab_launch(V, logits.element_size())
+    launch, vector = vocab_launch(V, logits.element_size()), row_vector(logits)
     if token_ids.numel():
         with on_device(logits):
             _token_logp_fwd_kernel[(token_ids.numel(),)](
@@ -98,14 +94,13 @@ def token_logp(
                 row_sum,
                 entropy,
                 token_ids.shape[1],
-                logits.stride(0),
-                logits.stride(1),
+                logits.stride(0) // vector,
+                logits.stride(1) // vector,
                 has_mask,
                 temperature,
                 V=V,
                 BLOCK_V=launch.BLOCK_V,
-                VECTOR=VECTOR,
-                ALIGNED=is_aligned(logits),
+                VECTOR=vector,
                 num_warps=launch.num_warps,
             )
     return logp, row_max, row_sum, entropy
