@@ -1,0 +1,1 @@
+"""Shared by `pmpo-kernels bench` and the pytest-benchmark cases: inputs, variants, accuracy, time, memory, report."""

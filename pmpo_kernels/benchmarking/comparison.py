@@ -1,0 +1,124 @@
+"""One comparison: check every variant, measure memory, then time them round by round."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from pmpo_kernels.benchmarking import accuracy
+from pmpo_kernels.benchmarking.cases import COMPILED, EAGER, Case, LossFunction, Variant, loss_function
+from pmpo_kernels.benchmarking.measure import Bench, Times, peak_memory, rounds
+
+WARMUP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds over the rounds: median, quartiles, extremes."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median, q1, q3, min(values), max(values))
+
+
+@dataclass
+class Row:
+    """One variant's results; without `problem` it is correct and timed, with one it has no times."""
+
+    name: str
+    group: str
+    gradient_error: float | None = None
+    gradient_bound: float | None = None
+    loss_error: float | None = None
+    loss_bound: float | None = None
+    wrong: bool = False
+    problem: str | None = None
+    peak_bytes: int | None = None
+    forward: Spread | None = None
+    backward: Spread | None = None
+    both: Spread | None = None
+    speedup: float | None = None
+    samples: list[Times] = field(default_factory=list)
+
+
+def check(row: Row, bench: Bench, f: LossFunction, case: Case, eager_error: float | None) -> None:
+    """Fill in the errors of one run and, if they exceed their bounds, the problem. `eager_error` is None for eager."""
+    try:
+        loss, gradient = bench.run(f)
+    except torch.OutOfMemoryError:
+        row.problem = "out of GPU memory"
+        return
+    except Exception as error:
+        if row.name != COMPILED.name:
+            raise
+        row.problem = f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return
+    found = accuracy.errors(loss, gradient, bench.inputs, case.config)
+    row.gradient_error, row.loss_error = found
+    row.gradient_bound = accuracy.gradient_bound(gradient.dtype, case.vocab, eager_error)
+    row.loss_bound = accuracy.float32_bound(case.vocab)
+    row.wrong = not (found.gradient <= row.gradient_bound and found.loss <= row.loss_bound)
+    if row.wrong:
+        row.problem = "wrong result: error above its bound, not timed"
+
+
+def compare(case: Case, bench: Bench, chosen: list[Variant], repeats: int, advance: Callable[[str], None]) -> list[Row]:
+    """Rows in the order of `chosen`; `advance(what)` is called before each of `steps(...)` steps."""
+    rows, functions = [], {}
+    eager_error: float | None = None
+    for variant in chosen:
+        advance(f"checking {variant.name}")
+        row, f = Row(variant.name, variant.group), loss_function(variant, case.config)
+        if variant != EAGER and eager_error is None and case.dtype == "bfloat16":
+            row.problem = "no bound: eager PyTorch gave no result to compare with"
+        else:
+            check(row, bench, f, case, eager_error)
+        if variant == EAGER and not row.problem:
+            eager_error = row.gradient_error
+        if not row.problem:
+            functions[variant.name] = f
+        rows.append(row)
+
+    for variant, row in zip(chosen, rows, strict=True):
+        advance(f"memory of {variant.name}")
+        if not row.problem:
+            row.peak_bytes = peak_memory(case, variant, bench)
+
+    samples: dict[str, list[Times]] = {name: [] for name in functions}
+    if functions:
+        for _ in rounds(bench, functions, WARMUP_ROUNDS):
+            pass
+        for name, times in rounds(bench, functions, repeats):
+            advance("timing")
+            samples[name].append(times)
+    summarise(rows, samples)
+    return rows
+
+
+def steps(chosen: list[Variant], repeats: int) -> int:
+    """How often `compare` calls `advance` at most."""
+    return len(chosen) * (2 + repeats)
+
+
+def summarise(rows: list[Row], samples: dict[str, list[Times]]) -> None:
+    """Spread of each timed row, and its speed-up over eager by medians of forward + backward."""
+    for row in rows:
+        if row.name in samples:
+            row.samples = samples[row.name]
+            row.forward = Spread.of([t.forward for t in row.samples])
+            row.backward = Spread.of([t.backward for t in row.samples])
+            row.both = Spread.of([t.forward + t.backward for t in row.samples])
+    eager = next((row.both for row in rows if row.name == EAGER.name), None)
+    for row in rows:
+        if eager and row.both:
+            row.speedup = eager.median / row.both.median

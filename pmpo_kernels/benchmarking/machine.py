@@ -1,0 +1,79 @@
+"""What a figure depends on besides the code: versions, devices, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from pmpo_kernels.version import __version__
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """This package, Python, the libraries that decide speed, and the system."""
+    return {
+        "pmpo_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "numpy": _installed("numpy"),
+        "cuda (torch build)": torch.version.cuda or "none",
+        "hip (torch build)": torch.version.hip or "none",
+        "os": platform.platform(),
+    }
+
+
+def devices() -> dict[str, str]:
+    """CPU, threads of PyTorch, and each GPU with its memory and compute capability."""
+    found = {
+        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": f"{torch.get_num_threads()} (PyTorch)",
+    }
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
+    if torch.cuda.device_count() == 0:
+        found["cuda"] = "no GPU visible to PyTorch"
+    return found
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that can be taken without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def commit() -> str | None:
+    """Last commit that touched the package, with "-dirty" if the files differ from it; None outside a repository."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *args, "--", "."]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        found = git("log", "-1", "--format=%H")
+        return found + "-dirty" * bool(git("status", "--porcelain")) if found else None
+    except (OSError, subprocess.CalledProcessError):
+        return None

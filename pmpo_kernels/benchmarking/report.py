@@ -1,0 +1,112 @@
+"""A comparison as tables and as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pmpo_kernels.benchmarking.cases import Case
+from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Row, Spread
+from pmpo_kernels.benchmarking.machine import commit, devices, versions
+from pmpo_kernels.benchmarking.measure import MEMORY_METHOD
+
+P_NOTE = "p is given to eager PyTorch and torch.compile (solved beforehand, not timed); the fused rows solve it"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished comparison. `zero_rows`: fraction of rows whose gradient is 0 (padding, advantage 0)."""
+
+    case: Case
+    repeats: int
+    zero_rows: float
+    rows: list[Row]
+    skipped: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        c = self.case
+        return f"{c.preset.value}, logits ({c.batch}, {c.tokens}, {c.vocab}) {c.dtype.value}, {c.device}"
+
+
+def speed_table(report: Report) -> Table:
+    """One line a variant; one with a problem shows the problem in place of times."""
+    solved = f" {P_NOTE}." if report.case.config.power == "ess" else ""
+    caption = (
+        f"ms: median (quartiles) of {report.repeats} interleaved rounds.{solved} {report.zero_rows:.0%} of the rows "
+        "are padding or have advantage 0."
+    )
+    out = Table(title=report.title, caption=caption, caption_justify="left")
+    out.add_column("variant")
+    for name in ("forward ms", "backward ms", "both ms", "vs eager"):
+        out.add_column(name, justify="right")
+    for row in report.rows:
+        if row.problem:
+            out.add_row(row.name, Text(row.problem, style="bold red" if row.wrong else "yellow"))
+        else:
+            speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
+            out.add_row(row.name, _ms(row.forward), _ms(row.backward), _ms(row.both), speedup)
+    return out
+
+
+def accuracy_table(report: Report) -> Table:
+    """Errors with their bounds, red where they exceed them, and peak memory."""
+    size = report.case.logits_bytes / 2**20
+    caption = (
+        "Largest relative errors against float64. "
+        f"Memory beyond the inputs (logits: {size:.0f} MiB): {MEMORY_METHOD[report.case.device]}."
+    )
+    out = Table(caption=caption, caption_justify="left")
+    out.add_column("variant")
+    for name in ("gradient error", "loss error", "peak MiB"):
+        out.add_column(name, justify="right")
+    for row in report.rows:
+        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
+        errors = (_error(row.gradient_error, row.gradient_bound), _error(row.loss_error, row.loss_bound))
+        out.add_row(row.name, *errors, memory)
+    return out
+
+
+def _ms(spread: Spread | None) -> str:
+    return "-" if spread is None else f"{spread.median:.3g} ({spread.q1:.3g}-{spread.q3:.3g})"
+
+
+def _error(value: float | None, bound: float | None) -> Text:
+    if value is None or bound is None:
+        return Text("-")
+    return Text(f"{value:.1e} <= {bound:.1e}") if value <= bound else Text(f"{value:.1e} > {bound:.1e}", "bold red")
+
+
+def write_json(report: Report, path: Path) -> None:
+    """All figures with what they depend on."""
+    rows: list[dict[str, Any]] = []
+    for row in report.rows:
+        samples = [{"forward": t.forward, "backward": t.backward} for t in row.samples]
+        rows.append({**asdict(row), "samples": samples})
+    content = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "devices": devices(),
+        "case": {**asdict(report.case), "logits_bytes": report.case.logits_bytes},
+        "config": asdict(report.case.config),
+        "settings": {
+            "repeats": report.repeats,
+            "warmup_rounds": WARMUP_ROUNDS,
+            "unit": "ms",
+            "memory": MEMORY_METHOD[report.case.device],
+            "adaptive_p": P_NOTE,
+            "zero_rows": report.zero_rows,
+        },
+        "results": rows,
+        "skipped": report.skipped,
+    }
+    # JSON has no infinity: an error that is not finite becomes null beside its problem
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str).replace(": Infinity", ": null")
+    path.write_text(text + "\n", encoding="utf-8")
