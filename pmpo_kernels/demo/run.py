@@ -1,0 +1,128 @@
+"""The demo from the first prompt to the picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pmpo_kernels.api import pmpo_loss
+from pmpo_kernels.demo import report
+from pmpo_kernels.demo.compare import Row, compare, gradient_changes, in_between, usable
+from pmpo_kernels.demo.cost import MEMORY_METHOD
+from pmpo_kernels.demo.figure import Trajectories, draw
+from pmpo_kernels.demo.model import load_model
+from pmpo_kernels.demo.rollouts import Policy, Rollouts, sample, score, update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command's options; the same settings give the same numbers on the same machine, times apart."""
+
+    seed: int
+    prompts: int
+    completions: int
+    max_new_tokens: int
+    learning_rate: float
+    dtype: str
+    device: str
+
+
+def run(settings: Settings, out: Path, console: Console, advance: Callable[[str, int], None]) -> bool:
+    """Everything; `advance(what, steps in all)` is called before each step. Returns whether all agree with float64."""
+    device = torch.device(settings.device)
+    total = 7 + len(usable(device)) + 1
+
+    def step(what: str) -> None:
+        advance(what, total)
+
+    step("loading SmolLM2-135M-Instruct")
+    policy = Policy(*load_model(device), dtype=getattr(torch, settings.dtype))
+    second, norm, old_metrics = off_policy(settings, policy, console, step)
+
+    step("scoring the second half with the updated policy")
+    with torch.no_grad():
+        logits = policy.logits(second)
+        output = pmpo_loss(logits, second.token_ids, second.old_logp, second.advantages, mask=second.mask)
+    data = Trajectories.of(second, output)
+    records = report.records(data, policy)
+    console.print(report.trajectory_table(records))
+    rows = compare(logits, second, step)
+    method = MEMORY_METHOD[device.type]
+    console.print(report.comparison_table(rows, method))
+    console.print(f"Logits: {tuple(logits.shape)} {settings.dtype}, {logits.nbytes / 2**20:.0f} MiB.")
+    changes = gradient_changes(logits, second, (1.0, 0.0))
+
+    step("drawing")
+    out.mkdir(parents=True, exist_ok=True)
+    row = int(in_between(output.power, second)[0])
+    draw(out / "demo.png", data, row, policy.tokenizer, title(settings, second))
+    report.write_summary(
+        out / "summary.json",
+        asdict(settings),
+        {name: float(value) for name, value in output.metrics.items()},
+        update={"gradient_norm": norm, **old_metrics},
+        trajectories=records,
+        comparison=report.comparison_records(rows),
+        gradient_change_at_fixed_p=changes,
+        memory_method=method,
+    )
+    console.print(f"Written: {out / 'demo.png'}, {out / 'summary.json'}", soft_wrap=True)
+    return verdict(rows, changes, output.power, console)
+
+
+def off_policy(
+    settings: Settings, policy: Policy, console: Console, step: Callable[[str], None]
+) -> tuple[Rollouts, float, dict[str, float]]:
+    """Sample, score the second half, update on the first; returns the second, the gradient norm and statistics."""
+    s = settings
+    step("sampling completions")
+    rollouts = sample(
+        policy, prompts=s.prompts, completions=s.completions, max_new_tokens=s.max_new_tokens, seed=s.seed
+    )
+    first = s.completions * (s.prompts // 2)
+    step("log-probs of the sampling policy")
+    second = score(policy, rollouts.take(slice(first, None)), s.completions)
+    step("updating the policy on the first half")
+    norm = update(policy, rollouts.take(slice(None, first)), s.completions, s.learning_rate)
+    statistics = {
+        "mean_reward": float(rollouts.rewards.mean()),
+        "mean_tokens": float(rollouts.mask.sum(-1).float().mean()),
+    }
+    console.print(
+        f"{s.prompts} prompts x {s.completions} completions (mean reward {statistics['mean_reward']:.3f}, "
+        f"{statistics['mean_tokens']:.1f} tokens); one AdamW step, learning rate {s.learning_rate:g}, on the first "
+        f"{first} trajectories (gradient norm {norm:.3f})."
+    )
+    return second, norm, statistics
+
+
+def title(settings: Settings, second: Rollouts) -> str:
+    """The picture's title."""
+    return (
+        f"PMPO on {len(second)} rollouts of SmolLM2-135M, one AdamW step off-policy\n"
+        f"(step on other prompts, learning rate {settings.learning_rate:g}, seed {settings.seed})"
+    )
+
+
+def verdict(rows: list[Row], changes: dict[float, float], power: Tensor, console: Console) -> bool:
+    """Print what was found; whether there is a result and every row agrees."""
+    inside = int(((power > 0) & (power < 1)).sum())
+    console.print(f"p lies strictly between 0 and 1 for {inside} of {power.numel()} trajectories.")
+    for p, change in changes.items():
+        console.print(f"With p = {p:g} for all, the gradient moves by {100 * change:.2g} % of its norm.")
+    worst = max(max(row.loss_error, row.worst_part, row.power_residual) for row in rows)
+    bound = min(row.tolerance for row in rows)
+    agrees = bool(rows) and all(row.ok for row in rows) and math.isfinite(worst)
+    found = "[bold green]Agreement[/bold green]" if agrees else "[bold red]NO AGREEMENT[/bold red]"
+    console.print(
+        f"{found} with float64: largest error {worst:.1e}, tolerance {bound:.1e} = (2 + 5 p) delta + 16 u, u the "
+        "float32 unit roundoff, delta the error of logp from the largest |logit|, log V and the sum over V, p at "
+        "most 1; twice the logits' own rounding is added for 16-bit logits (pmpo_kernels.verification.tolerance)."
+    )
+    return agrees
