@@ -75,7 +75,7 @@ def command(
                 lambda what, total: progress.update(task, description=what, total=total, advance=1, refresh=True),
             )
     except DemoUnavailable as error:
-        Console(stderr=True).print(f"[red]{error}[/red]", soft_wrap=True)
+        Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     raise typer.Exit(0 if agrees else 1)
 
