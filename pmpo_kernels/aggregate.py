@@ -39,7 +39,8 @@ def metrics(
     low, high = row["clipped_low"].sum() * per_token, row["clipped_high"].sum() * per_token
 
     def extreme(x: Tensor, sign: float) -> Tensor:
-        return sign * torch.where(trajectories > 0, torch.where(some, sign * x, -torch.inf).amax(), 0)
+        least = x.new_full((1,), -torch.inf)
+        return sign * torch.where(trajectories > 0, torch.cat([torch.where(some, sign * x, least), least]).amax(), 0)
 
     out = {
         "policy_loss": (row["weight"] * row["policy_loss"]).sum() / denominator,

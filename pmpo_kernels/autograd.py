@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,19 @@ from torch.autograd.function import once_differentiable
 from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.config import LossConfig, TrajectoryOptions
 from pmpo_kernels.ops import stage
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, but create_graph=True raises at once instead of giving a gradient cut off from its graph."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("pmpo_kernels: expected a first-order backward, got create_graph=True (not supported)")
+        return once(ctx, *grads)
+
+    return wrapper
 
 
 class TokenLogpFunction(torch.autograd.Function):
@@ -33,11 +48,17 @@ class TokenLogpFunction(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogp is None and dentropy is None:
             return (None,) * 6
-        logits, token_ids, mask, row_max, row_sum, entropy = ctx.saved_tensors
+        try:
+            logits, token_ids, mask, row_max, row_sum, entropy = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "logits: expected them unchanged since the forward pass, got logits modified in place "
+                "(with inplace=True the first backward writes the gradient over them, so there is no second one)"
+            ) from error
         args = (logits, token_ids, mask, row_max, row_sum, entropy, dlogp, dentropy, ctx.temperature)
         if ctx.inplace:
             stage("dlogits_", ctx.impl)(*args)
@@ -91,7 +112,7 @@ class TrajectoryFunction(torch.autograd.Function):
         return total_loss(stats, i.config, denominator).to(logp.dtype), stats, denominator
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad_loss is None:
             return None, None, None

@@ -10,12 +10,18 @@ from pmpo_kernels.config import LossConfig
 from pmpo_kernels.reference import trajectory
 
 
-def eager_token_logp(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-softmax in float32 (float64 for float64 logits), then gather, then entropy: (logp, entropy), each (B, T)."""
+def eager_token_logp(
+    logits: Tensor, token_ids: Tensor, temperature: float, *, entropy_gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-softmax in float32 (float64 for float64 logits), then gather, then entropy: (logp, entropy), each (B, T).
+
+    An entropy that is only a metric is computed without a graph, as trainers do.
+    """
     scaled = logits if logits.dtype == torch.float64 else logits.float()
     log_q = torch.log_softmax(scaled if temperature == 1.0 else scaled / temperature, dim=-1)
     logp = log_q.gather(-1, token_ids[..., None])[..., 0]
-    return logp, -(log_q.exp() * log_q).sum(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        return logp, -(log_q.exp() * log_q).sum(-1)
 
 
 def eager_pmpo_loss(
@@ -31,7 +37,9 @@ def eager_pmpo_loss(
 
     The trajectory part (O(tokens)) is the reference's. With config.power "ess" p is solved here unless it is given.
     """
-    logp, entropy = eager_token_logp(logits, token_ids, config.temperature)
+    logp, entropy = eager_token_logp(
+        logits, token_ids, config.temperature, entropy_gradient=config.entropy_coef != 0
+    )
     B, T = token_ids.shape
     _, _, stats = trajectory(
         logp.reshape(-1),

@@ -191,31 +191,33 @@ def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o:
 
 
 @torch.no_grad()
-def solve_power(
-    l: LogWeights, deficit: Tensor, power_min: float, power_max: float
-) -> tuple[Tensor, Tensor]:
+def solve_power(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -> tuple[Tensor, Tensor]:
     """p (B,) with log(n / ESS(p)) = deficit, and its Newton iterations (B,): design 2.5, in u = p^2 inside a bracket.
 
-    A deficit out of reach gives the end of [power_min, power_max] that is nearest; equal weights give power_max.
+    From below the root a second Newton step, on log(deficit(power_max) - deficit(p)), is tried: that is linear in p
+    where the ESS saturates, and the farther step inside the bracket wins. A deficit out of reach gives the nearest end
+    of [power_min, power_max]; equal weights give power_max.
     """
     n = l.tokens.clamp(min=1)
     lo, hi = torch.full_like(n, power_min**2), torch.full_like(n, power_max**2)
-    at_max = (moments(l, hi.sqrt()).deficit <= deficit) | ((l.x_max <= l.x_min) & ~l.has_zero)
-    at_min = ~at_max & ((deficit <= 0) | (moments(l, lo.sqrt()).deficit >= deficit))
-    variance = l.seg.sum(l.x**2) / n
-    u = deficit / variance
+    most = moments(l, hi.sqrt()).deficit
+    tolerance = NEWTON_TOLERANCE * most.clamp(max=1)
+    at_max = (most - deficit <= tolerance) | ((l.x_max <= l.x_min) & ~l.has_zero)
+    at_min = ~at_max & (deficit - moments(l, lo.sqrt()).deficit <= tolerance)
+    u = deficit / (l.seg.sum(l.x**2) / n)
     u = torch.where((u > lo) & (u < hi), u, (lo + hi) / 2)
     done, iterations = at_max | at_min, torch.zeros_like(n)
-    tolerance = NEWTON_TOLERANCE * deficit.clamp(max=1)
     for _ in range(MAX_NEWTON_ITERATIONS):
         if u.device.type == "cpu" and bool(done.all()):
             break
         p = u.sqrt()
         at = moments(l, p)
-        g = at.deficit - deficit
+        g, slope = at.deficit - deficit, at.slope / (2 * p)
         iterations += ~done
         lo, hi = torch.where(g < 0, u, lo), torch.where(g > 0, u, hi)
-        step = u - g * 2 * p / at.slope
+        step, room = u - g / slope, most - at.deficit
+        saturating = u + torch.log(room / (most - deficit)) * room / slope
+        step = torch.where((g < 0) & (saturating > step) & (saturating < hi), saturating, step)
         step = torch.where((step > lo) & (step < hi), step, (lo + hi) / 2)
         done = done | (g.abs() <= tolerance)
         u = torch.where(done, u, step)

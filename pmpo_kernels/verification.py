@@ -148,7 +148,7 @@ def tolerance(case: Case, config: LossConfig, power: Tensor | None = None) -> fl
     dtype = case.logits.dtype
     u = torch.finfo(reference.compute_dtype(dtype)).eps / 2
     V = case.logits.shape[-1]
-    x = float((case.logits[case.mask].double() / config.temperature).abs().max())
+    x = float((case.logits.detach()[case.mask].double() / config.temperature).abs().max())
     delta = u * (6 * x + math.log(V) + 64 + math.log2(V))
     p = 1.0 if config.power == "ess" else abs(config.power)
     p = max(p, float(power.abs().max())) if power is not None else p
@@ -191,7 +191,7 @@ def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) 
         ratio = torch.where(some, at_power["ess"] / solved["ess_target"].clamp(min=1e-300), 1)
         residual = float(ratio.log().abs().max())
     return Verdict(
-        float((out.loss.double() - want.loss).abs()) / (want.loss_scale or 1.0),
+        float((out.loss.detach().double() - want.loss).abs()) / (want.loss_scale or 1.0),
         three_part_error(grad.double() / loss_scale, want, case.token_ids),
         residual,
         tolerance(case, config, power),

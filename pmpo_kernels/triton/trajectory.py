@@ -104,17 +104,16 @@ def _moments(p, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens,
 
 @triton.jit
 def _solve_power(
-    deficit, power_min, power_max, at_power_max, variance, mean, x_min, x_max, has_zero, n, start, stop, advantage,
+    deficit, power_min, power_max, most, variance, mean, x_min, x_max, has_zero, n, start, stop, advantage,
     tokens, bounds, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p with log(n / ESS(p)) = deficit: Newton in u = p^2 inside [power_min, power_max], stopped as soon as it is there."""
+    """p with log(n / ESS(p)) = deficit: Newton in u = p^2 inside the bracket; `most` is it at power_max."""
     lo = power_min * power_min
     hi = power_max * power_max
-    _, at_power_min, _ = _moments(
-        power_min, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK
-    )
-    at_max = (at_power_max <= deficit) | ((x_max <= x_min) & (has_zero == 0))
-    at_min = (deficit <= 0) | (at_power_min >= deficit)
+    _, least, _ = _moments(power_min, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
+    tolerance = tl.minimum(most, 1.0) * _TOLERANCE
+    at_max = (most - deficit <= tolerance) | ((x_max <= x_min) & (has_zero == 0))
+    at_min = deficit - least <= tolerance
     u = deficit / variance
     u = tl.where((u > lo) & (u < hi), u, (lo + hi) / 2)
     left = tl.where(at_max | at_min, 0, _MAX_ITERATIONS)
@@ -122,11 +121,15 @@ def _solve_power(
         p = tl.sqrt(u)
         _, now, slope = _moments(p, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
         g = now - deficit
+        slope = slope / (2.0 * p)
         lo = tl.where(g < 0, u, lo)
         hi = tl.where(g > 0, u, hi)
-        step = u - g * 2.0 * p / slope
+        step = u - g / slope
+        room = most - now
+        saturating = u + tl.log(room / (most - deficit)) * room / slope
+        step = tl.where((g < 0) & (saturating > step) & (saturating < hi), saturating, step)
         step = tl.where((step > lo) & (step < hi), step, (lo + hi) / 2)
-        done = tl.abs(g) <= tl.minimum(deficit, 1.0) * _TOLERANCE
+        done = tl.abs(g) <= tolerance
         u = tl.where(done, u, step)
         left = tl.where(done, 0, left - 1)
     return tl.where(at_max, power_max, tl.where(at_min, power_min, tl.sqrt(u)))
@@ -145,16 +148,16 @@ def _choose_power(
         _, l, valid, _, _ = _token_log_weights(offs, stop, advantage, tokens, bounds)
         x = tl.where(valid & (l != -_INF), l - mean, 0.0)
         variance += x * x
-    _, at_power_max, _ = _moments(
+    _, most, _ = _moments(
         power_max, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK
     )
     fraction = tl.minimum(clipped / n / full_clip_fraction, 1.0)
     severity = tl.where(fraction > 0, tl.exp(ess_sharpness * tl.log(tl.where(fraction > 0, fraction, 1.0))), 0.0)
-    relative = -_log1p((1.0 - severity) * _expm1(-at_power_max))
+    relative = -_log1p((1.0 - severity) * _expm1(-most))
     absolute = -tl.log(ess_floor + (1.0 - ess_floor) * severity)
     deficit = tl.where(rule == _TARGET, tl.log(n) - tl.log(target_ess), tl.where(rule == _ABSOLUTE, absolute, relative))
     p = _solve_power(
-        deficit, power_min, power_max, at_power_max, tl.sum(variance, axis=0) / n, mean, x_min, x_max, has_zero, n,
+        deficit, power_min, power_max, most, tl.sum(variance, axis=0) / n, mean, x_min, x_max, has_zero, n,
         start, stop, advantage, tokens, bounds, BLOCK,
     )  # fmt: skip
     return p, deficit

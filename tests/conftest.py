@@ -1,0 +1,45 @@
+"""Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before they are imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from pmpo_kernels import LossConfig
+from pmpo_kernels.verification import configurations
+
+CONFIGURATIONS = configurations()
+
+
+def device_of(impl: str) -> str:
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["reference", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Every implementation that must agree with the float64 reference."""
+    return str(request.param)
+
+
+@pytest.fixture
+def device(impl: str) -> str:
+    return device_of(impl)
+
+
+@pytest.fixture(params=list(CONFIGURATIONS))
+def config(request: pytest.FixtureRequest) -> LossConfig:
+    """The presets and a few configurations beyond them."""
+    return CONFIGURATIONS[request.param]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU is visible to PyTorch"))

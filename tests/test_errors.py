@@ -1,0 +1,126 @@
+"""Every wrong call raises before a kernel starts and names the argument, what was expected and what was got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import pmpo_kernels
+from pmpo_kernels import LossConfig, available_impls, ops, pmpo_loss, pmpo_loss_from_logp, token_logp
+
+B, T, V = 2, 3, 5
+GOOD = {
+    "logits": torch.zeros(B, T, V),
+    "token_ids": torch.zeros(B, T, dtype=torch.long),
+    "old_logp": torch.zeros(B, T),
+    "advantages": torch.ones(B),
+}
+PACKED = {
+    "logits": torch.zeros(4, V),
+    "token_ids": torch.zeros(4, dtype=torch.long),
+    "old_logp": torch.zeros(4),
+    "cu_seqlens": torch.tensor([0, 3, 4]),
+}
+BAD_LOSS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
+    ({"logits": torch.zeros(V)}, ValueError, r"logits: expected shape \(B, T, V\), .* got \(5,\)"),
+    ({"logits": torch.zeros(B, T, V, dtype=torch.long)}, TypeError, "logits: expected dtype float16, .* got int64"),
+    ({"logits": torch.zeros(B, T, 0)}, ValueError, "logits: expected a vocabulary of at least 1"),
+    ({"logits": torch.zeros(B, V, T).transpose(1, 2)}, ValueError, "logits: expected stride 1 in the vocabulary dimension"),
+    ({"logits": torch.zeros(B, T, 1).expand(B, T, V)}, ValueError, "logits: expected stride 1 in the vocabulary dimension"),
+    ({"logits": torch.zeros(B, T + 2, V)}, ValueError, r"token_ids: expected shape \(2, 5\), got \(2, 3\)"),
+    ({"token_ids": None}, TypeError, "token_ids: expected a tensor, got NoneType"),
+    ({"token_ids": torch.zeros(B, T)}, TypeError, "token_ids: expected dtype int32, int64, got float32"),
+    ({"token_ids": torch.full((B, T), V)}, ValueError, r"token_ids: expected ids in \[0, 5\) where mask is true, got 5 at \[0, 0\]"),
+    ({"token_ids": torch.full((B, T), -100)}, ValueError, r"token_ids: expected ids in \[0, 5\) where mask is true, got -100"),
+    ({"old_logp": torch.zeros(B, T + 1)}, ValueError, r"old_logp: expected shape \(2, 3\), got \(2, 4\)"),
+    ({"old_logp": torch.zeros(B, T, dtype=torch.long)}, TypeError, "old_logp: expected dtype .* got int64"),
+    ({"old_logp": torch.zeros(B, T, requires_grad=True)}, ValueError, "old_logp: expected a tensor without requires_grad"),
+    ({"old_logp": torch.zeros(B, T, device="meta")}, ValueError, "old_logp: expected a tensor on cpu, got one on meta"),
+    ({"advantages": torch.ones(B, T)}, ValueError, r"advantages: expected shape \(2,\), one number a trajectory, got \(2, 3\)"),
+    ({"advantages": torch.ones(B + 1)}, ValueError, r"advantages: expected shape \(2,\), got \(3,\)"),
+    ({"advantages": None}, TypeError, "advantages: expected a tensor, got None"),
+    ({"mask": torch.ones(B, T)}, TypeError, "mask: expected dtype bool, .* got float32"),
+    ({"mask": torch.ones(B, dtype=torch.bool)}, ValueError, r"mask: expected shape \(2, 3\), got \(2,\)"),
+    ({"rollout_weights": torch.ones(B)}, ValueError, r"rollout_weights: expected shape \(2, 3\), got \(2,\)"),
+    ({"ref_logp": torch.zeros(T)}, ValueError, r"ref_logp: expected shape \(2, 3\), got \(3,\)"),
+    ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, r"cu_seqlens: expected None because token_ids is padded, of shape \(2, 3\)"),
+    ({"power": torch.ones(B + 1)}, ValueError, r"power: expected shape \(2,\), got \(3,\)"),
+    ({"power": float("nan")}, ValueError, "power: expected a finite number or a tensor"),
+    ({"power": torch.ones(B), "target_ess": torch.ones(B)}, ValueError, "target_ess: expected None when power is given"),
+    ({"target_ess": torch.ones(B), "config": LossConfig.grpo()}, ValueError, 'target_ess: expected None unless config.power is "ess"'),
+    ({"config": LossConfig.pmpo(clip="sequence")}, ValueError, 'config.power: "ess" needs clip="token" or an explicit target_ess'),
+    ({"config": LossConfig.pmpo(clip="none")}, ValueError, 'config.power: "ess" needs clip="token"'),
+    ({"config": LossConfig.grpo(beta=0.1)}, ValueError, "ref_logp: expected a tensor because config.beta is 0.1, got None"),
+    ({"config": "grpo"}, TypeError, "config: expected a LossConfig or None, got str"),
+    ({"denominator": 0}, ValueError, "denominator: expected a finite number > 0, got 0"),
+    ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected shape \(\), got \(2,\)"),
+    ({"impl": "cuda"}, ValueError, r"impl: expected None or one of \['triton', 'cpp', 'reference'\], got 'cuda'"),
+    ({"impl": "cpp"}, RuntimeError, "impl='cpp' cannot run on cpu tensors: the C\\+\\+ kernels are not part of this version"),
+    ({"logits": torch.zeros(1, T, V).expand(B, T, V), "inplace": True}, ValueError, "logits: expected rows that do not overlap with inplace=True"),
+    (PACKED | {"cu_seqlens": None}, ValueError, r"cu_seqlens: expected offsets \(B \+ 1,\) because token_ids has shape \(4,\), got None"),
+    (PACKED | {"cu_seqlens": torch.tensor([0, 3, 2, 4]), "advantages": torch.ones(3)}, ValueError, r"cu_seqlens: expected non-decreasing offsets from 0 to the 4 tokens, got \[0, 3, 2, 4\]"),
+    (PACKED | {"cu_seqlens": torch.tensor([1, 3, 4])}, ValueError, "cu_seqlens: expected non-decreasing offsets from 0"),
+    (PACKED | {"cu_seqlens": torch.tensor([0, 3, 5])}, ValueError, "cu_seqlens: expected non-decreasing offsets from 0 to the 4 tokens"),
+    (PACKED | {"cu_seqlens": torch.tensor([0.0, 3.0, 4.0])}, TypeError, "cu_seqlens: expected dtype int32, int64, got float32"),
+    (PACKED | {"cu_seqlens": torch.zeros(2, 2, dtype=torch.long)}, ValueError, r"cu_seqlens: expected a tensor of shape \(B \+ 1,\), got \(2, 2\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LOSS)
+def test_bad_loss_call(
+    change: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    run = ops.importlib.import_module
+    monkeypatch.setattr(ops.importlib, "import_module", lambda name: started.append(name) or run(name))
+    with pytest.raises(error, match=message):
+        pmpo_loss(**(GOOD | change))
+    assert not started, "a kernel was started before the error"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logp": 1.0}, TypeError, "logp: expected a tensor, got float"),
+        ({"logp": torch.zeros(B, T, V)}, ValueError, r"logp: expected shape \(B, T\) or \(N,\), got \(2, 3, 5\)"),
+        ({"logp": torch.zeros(B, T, dtype=torch.int32)}, TypeError, "logp: expected dtype .* got int32"),
+        ({"entropy": torch.zeros(B)}, ValueError, r"entropy: expected shape \(2, 3\), got \(2,\)"),
+        ({"config": LossConfig.grpo(entropy_coef=0.1)}, ValueError, "entropy: expected a tensor because config.entropy_coef is 0.1"),
+        ({"config": LossConfig.grpo(temperature=0.7)}, ValueError, "config.temperature: expected 1 for a loss from log-probs, got 0.7"),
+    ],
+)  # fmt: skip
+def test_bad_call_from_logp(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"logp": torch.zeros(B, T), "old_logp": None, "advantages": torch.ones(B)}
+    with pytest.raises(error, match=message):
+        pmpo_loss_from_logp(**(good | change))
+
+
+def test_bad_token_logp_call() -> None:
+    with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got 0"):
+        token_logp(GOOD["logits"], GOOD["token_ids"], temperature=0)
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\), got \(3,\)"):
+        token_logp(GOOD["logits"], GOOD["token_ids"], mask=torch.ones(T, dtype=torch.bool))
+
+
+def test_named_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run on cpu tensors: .*TRITON_INTERPRET=1"):
+        pmpo_loss(**GOOD, impl="triton")
+
+
+def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pmpo_kernels.impls.importlib.util, "find_spec", lambda name: None)
+    assert available_impls()["triton"] == "Triton is not installed (pip install triton)"
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        pmpo_loss(**GOOD, impl="triton")
+
+
+def test_available_impls() -> None:
+    status = available_impls()
+    assert list(status) == ["triton", "cpp", "reference"]
+    assert status["triton"].startswith("usable")
+    assert not status["cpp"].startswith("usable")
+    assert status["reference"].startswith("usable")

@@ -1,0 +1,63 @@
+"""The import law: what may import what, read from the sources and from what an import really loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pmpo_kernels
+
+PACKAGE = Path(pmpo_kernels.__file__).parent
+# Below, a module may import only those to its left; one not listed here fails the test.
+LAYERS = [
+    ["version"], ["config"], ["checks", "reference"], ["aggregate", "impls", "triton"], ["ops"], ["autograd"],
+    ["api", "solver", "baseline"], ["verification"], ["benchmarking", "demo"], ["cli"], ["__main__"],
+]  # fmt: skip
+BACKENDS = {"reference", "triton"}
+
+
+def imports(path: Path) -> set[str]:
+    """First-level modules of this package that a file names in an import, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pmpo_kernels":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pmpo_kernels.")}
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value))
+def test_layers(module: str, path: Path) -> None:
+    if module == "__init__":
+        return
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    assert module in level, f"{module} has no place in the import law"
+    for other in imports(path) - {module}:
+        assert other in level, f"{path} imports {other}"
+        assert level[other] < level[module], f"{path} imports {other}, which is not below it"
+
+
+def test_backends_share_only_constants_of_the_reference() -> None:
+    """The Triton kernels take the order of the statistics and the solver's limits from the specification, no function."""
+    for path in (PACKAGE / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "pmpo_kernels.reference":
+                assert all(alias.name.isupper() for alias in node.names), path
+
+
+def test_importing_the_package_loads_no_backend_and_no_trainer() -> None:
+    code = "import sys, torch; before = set(sys.modules); import pmpo_kernels; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    first = {name.split(".")[0] for name in loaded}
+    assert not first & {"triton", "transformers", "trl", "verl", "typer", "rich", "matplotlib"}
+    assert not [name for name in loaded if name.startswith(("pmpo_kernels.triton", "pmpo_kernels.cli"))]

@@ -1,0 +1,78 @@
+"""The operators as PyTorch sees them: schema, fake, functionalisation, `torch.compile`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import device_of
+
+from pmpo_kernels import LossConfig, pmpo_loss, reference
+from pmpo_kernels.ops import SCHEMAS, stage
+from pmpo_kernels.verification import make_case
+
+
+def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
+    case = make_case(dtype, B=4, T=4, V=16, device=device)
+    logp, row_max, row_sum, entropy = reference.token_logp(case.logits, case.token_ids, case.mask, 0.9)
+    if name == "token_logp":
+        return case.logits, case.token_ids, case.mask, 0.9
+    if name == "trajectory":
+        options = LossConfig.pmpo(entropy_coef=0.1).trajectory_options(has_power=False, has_target_ess=False)
+        offsets = torch.arange(5, device=device) * 4
+        flat = [t.flatten() for t in (logp, case.old_logp, case.mask, case.ref_logp, case.rollout_weights, entropy)]
+        return flat[0], flat[1], case.advantages, flat[2], offsets, *flat[3:], None, None, list(options)
+    g = torch.randn_like(logp)
+    return case.logits, case.token_ids, case.mask, row_max, row_sum, entropy, g, None, 0.9
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(name: str, impl: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(stage(name, impl), arguments(name, device_of(impl), dtype))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(impl: str, device: str, backend: str, inplace: bool) -> None:
+    """The public call in one graph, dynamic shapes, same bits as eager, and no recompilation for a new length."""
+    torch._dynamo.reset()
+    config = LossConfig.pmpo(entropy_coef=0.01)
+
+    def step(logits: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        ids, old_logp, advantages, mask = args
+        out = pmpo_loss(logits * 1.0, ids, old_logp, advantages, mask=mask, config=config, inplace=inplace, impl=impl)
+        return out.loss, out.metrics
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for T in (4, 5, 7):
+        case = make_case(torch.float32, B=4, T=T, V=16, device=device)
+        args = (case.token_ids, case.old_logp, case.advantages, case.mask)
+        results = []
+        for function in (step, compiled):
+            z = case.logits.clone().requires_grad_()
+            loss, metrics = function(z, *args)
+            loss.backward()
+            results.append((loss.detach(), z.grad, metrics))
+        # The small reductions around the operators are re-ordered by the compiler: a few roundings of B terms.
+        eps = torch.finfo(torch.float32).eps
+        (a, grad_a, metrics_a), (b, grad_b, metrics_b) = results
+        assert torch.allclose(a, b, rtol=8 * eps, atol=8 * eps)
+        assert torch.allclose(grad_a, grad_b, rtol=8 * eps, atol=0)
+        assert all(torch.allclose(metrics_a[k], metrics_b[k], rtol=8 * eps) for k in metrics_a)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_token_ids_are_checked_inside_a_compiled_graph() -> None:
+    case = make_case(torch.float32, B=4, T=4, V=16)
+    compiled = torch.compile(lambda z, ids: pmpo_loss(z, ids, case.old_logp, case.advantages).loss, fullgraph=True)
+    with pytest.raises(ValueError, match=r"token_ids: expected ids in \[0, 16\)"):
+        compiled(case.logits, case.token_ids + 16)
+
+
+def test_values_on_a_gpu_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pmpo_kernels.checks import checks_values
+
+    meta = torch.empty(0, device="meta")  # any device that is not the CPU
+    assert not checks_values(meta)
+    monkeypatch.setenv("PMPO_KERNELS_CHECK", "1")
+    assert checks_values(meta)
