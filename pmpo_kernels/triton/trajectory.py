@@ -224,7 +224,7 @@ def _token_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_en
 @triton.jit
 def _write_gradient(
     start, stop, advantage, tokens, bounds, ref, p, mean, log_scale, policy_scale, kl_scale,
-    entropy_scale, dlogp_ptr, dentropy_ptr, BLOCK: tl.constexpr,
+    entropy_scale, has_dentropy, dlogp_ptr, dentropy_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Last pass: -w A M_p W_t on unclipped tokens, the KL term's gradient, and that of the entropy."""
     ref_logp_ptr, has_ref_logp, kl_order = ref
@@ -239,7 +239,7 @@ def _write_gradient(
         dkl = _kl_penalty(r, kl_order)[1]
         dlogp += tl.where(kl_scale == 0, 0.0, tl.where(valid, kl_scale * dkl, 0.0))
         tl.store(dlogp_ptr + offs, dlogp.to(dlogp_ptr.dtype.element_ty), mask=offs < stop)
-        if entropy_scale != 0:
+        if has_dentropy:
             dentropy = tl.where(valid, entropy_scale, 0.0).to(dentropy_ptr.dtype.element_ty)
             tl.store(dentropy_ptr + offs, dentropy, mask=offs < stop)
 
@@ -303,8 +303,7 @@ def _trajectory_fwd_kernel(
     _write_gradient(
         start, stop, A, tokens, bounds, ref, p, mean, log_m - log_mean - tl.log(n),
         tl.where(acts & (m_below == 0) & (m_above == 0), -weight * A, 0.0), beta * weight / n,
-        -entropy_coef * weight / n,
-        dlogp_ptr, dentropy_ptr, BLOCK,
+        -entropy_coef * weight / n, (has_entropy != 0) & (entropy_coef != 0), dlogp_ptr, dentropy_ptr, BLOCK,
     )  # fmt: skip
 
     ess = tl.where(some & ((has_zero & (p <= 0)) == 0), n * tl.exp(-deficit), 0.0)
