@@ -7,13 +7,11 @@ from pmpo_kernels.impls import available_impls
 from pmpo_kernels.solver import solve_power
 from pmpo_kernels.version import __version__
 
-
-
 __all__ = [
-    "__version__",
     "LossConfig",
     "PMPOOutput",
     "TokenLogp",
+    "__version__",
     "available_impls",
     "pmpo_loss",
     "pmpo_loss_from_logp",

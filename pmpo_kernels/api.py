@@ -56,7 +56,9 @@ def token_logp(
     temperature = checks.check_number("temperature", temperature)
     if inplace:
         checks.check_inplace(logits)
-    mask = _as_bool(checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape))
+    mask = _as_bool(
+        checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape)
+    )
     impl = resolve_impl(impl, logits.device)
     shape = token_ids.shape
     if logits.dim() == 2:
@@ -259,7 +261,9 @@ def _trajectory_inputs(
         )
         denominator = denominator.double()
     elif denominator is not None:
-        denominator = torch.full((), checks.check_number("denominator", denominator), dtype=torch.float64, device=device)
+        denominator = torch.full(
+            (), checks.check_number("denominator", denominator), dtype=torch.float64, device=device
+        )
     return TrajectoryInputs(
         per_token("old_logp", old_logp),
         A,

@@ -37,9 +37,7 @@ def eager_pmpo_loss(
 
     The trajectory part (O(tokens)) is the reference's. With config.power "ess" p is solved here unless it is given.
     """
-    logp, entropy = eager_token_logp(
-        logits, token_ids, config.temperature, entropy_gradient=config.entropy_coef != 0
-    )
+    logp, entropy = eager_token_logp(logits, token_ids, config.temperature, entropy_gradient=config.entropy_coef != 0)
     B, T = token_ids.shape
     _, _, stats = trajectory(
         logp.reshape(-1),

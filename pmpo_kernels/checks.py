@@ -1,9 +1,10 @@
-"""Argument checks: every wrong call raises before any kernel starts, naming the argument, what was expected and what was got."""
+"""Argument checks: every wrong call raises before any kernel starts and names argument, expected and got."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ def check_constant(
         return None
     tensor = check_tensor(name, value, dtypes=dtypes, device=device, shape=shape)
     if tensor.requires_grad:
-        raise ValueError(f"{name}: expected a tensor without requires_grad (it is a constant of the loss), got one with it")
+        raise ValueError(
+            f"{name}: expected a tensor without requires_grad (it is a constant of the loss), got one with it"
+        )
     return tensor
 
 
@@ -98,7 +101,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
         return
     expected = f"non-decreasing offsets from 0 to the {tokens} tokens"
     values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
         shown = values if len(values) <= 16 else [*values[:8], "...", *values[-7:]]
         raise ValueError(f"cu_seqlens: expected {expected}, got {shown}")
 
@@ -107,17 +110,19 @@ def check_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Tenso
     """Offsets (B + 1,) of the trajectories of padded (B, T) or packed (N,) tokens in their flat order; `name` names the tokens."""
     if cu_seqlens is None:
         if tokens.dim() != 2:
-            raise ValueError(f"cu_seqlens: expected offsets (B + 1,) because {name} has shape {tuple(tokens.shape)}, got None")
+            raise ValueError(
+                f"cu_seqlens: expected offsets (B + 1,) because {name} has shape {tuple(tokens.shape)}, got None"
+            )
         B, T = tokens.shape
         return torch.arange(B + 1, device=tokens.device) * T
     if tokens.dim() != 1:
-        raise ValueError(f"cu_seqlens: expected None because {name} is padded, of shape {tuple(tokens.shape)}, got a value")
+        raise ValueError(
+            f"cu_seqlens: expected None because {name} is padded, of shape {tuple(tokens.shape)}, got a value"
+        )
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         got = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected a tensor of shape (B + 1,), got {got}")
-    check_tensor(
-        "cu_seqlens", cu_seqlens, dtypes=INTEGERS, device=tokens.device, shape=cu_seqlens.shape
-    )
+    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, device=tokens.device, shape=cu_seqlens.shape)
     if not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, tokens.numel())
     return cu_seqlens

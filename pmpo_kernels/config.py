@@ -118,12 +118,15 @@ class LossConfig:
             _expect("max_length", ok, 'an int > 0 with loss_agg_mode="seq-mean-token-sum-norm"', self.max_length)
         else:
             _expect(
-                "max_length", self.max_length is None, f'None with loss_agg_mode="{self.loss_agg_mode}"', self.max_length
+                "max_length",
+                self.max_length is None,
+                f'None with loss_agg_mode="{self.loss_agg_mode}"',
+                self.max_length,
             )
 
     @staticmethod
     def ratio_clip(eps_low: float, eps_high: float) -> dict[str, float]:
-        """The log-space `clip_low`, `clip_high` of a ratio clip to [1 - eps_low, 1 + eps_high]: `LossConfig(**ratio_clip(.2, .2))`."""
+        """`clip_low`, `clip_high` (log space) of a ratio clip to [1 - eps_low, 1 + eps_high], for `LossConfig(**...)`."""
         _expect("eps_low", 0 < eps_low < 1, "a number in (0, 1)", eps_low)
         _expect("eps_high", 0 < eps_high < math.inf, "a finite number > 0", eps_high)
         return {"clip_low": -math.log1p(-eps_low), "clip_high": math.log1p(eps_high)}

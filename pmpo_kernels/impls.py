@@ -8,6 +8,7 @@ import os
 import torch
 
 USABLE = "usable"
+INTERPRETER = "set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors under Triton's interpreter"
 IMPLS = ("triton", "cpp", "reference")
 
 
@@ -17,7 +18,7 @@ def _triton() -> str:
     if interpreted():
         return f"{USABLE} on CPU tensors, under Triton's interpreter (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
-        return "no GPU is visible to PyTorch; set TRITON_INTERPRET=1 to run the kernels on CPU tensors under Triton's interpreter"
+        return "no GPU is visible to PyTorch; " + INTERPRETER
     return f"{USABLE} on GPU tensors ({torch.cuda.get_device_name()})"
 
 
@@ -56,7 +57,5 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
     if not status.startswith(USABLE):
         raise RuntimeError(f"impl={impl!r} cannot run on {device.type} tensors: {status}")
     if impl == "triton" and device.type != "cuda" and not interpreted():
-        raise RuntimeError(
-            f"impl='triton' cannot run on {device.type} tensors: set TRITON_INTERPRET=1 to run the kernels under Triton's interpreter"
-        )
+        raise RuntimeError(f"impl='triton' cannot run on {device.type} tensors: {INTERPRETER}")
     return impl

@@ -53,7 +53,7 @@ def _dlogits_fake(logits: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "token_logp": _token_logp_fake,
     "trajectory": _trajectory_fake,
     "dlogits": _dlogits_fake,

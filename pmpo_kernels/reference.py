@@ -110,9 +110,7 @@ class LogWeights(NamedTuple):
     seg: Segments
 
 
-def clip_log_ratio(
-    d: Tensor, advantage: Tensor, low: float, high: float, dual: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def clip_log_ratio(d: Tensor, advantage: Tensor, low: float, high: float, dual: float) -> tuple[Tensor, Tensor, Tensor]:
     """The pessimistic one-sided clip of design 2.2, on tokens' d or trajectories' log M_p: (clipped d, below, above)."""
     unbounded = torch.full_like(advantage, torch.inf)
     floor = torch.where(advantage < 0, -low, -unbounded)
@@ -347,7 +345,8 @@ def dlogits(
 
         dlogits_j = ( dlogp (1[j = y] - q_j) - dentropy q_j (log q_j + H) ) / temperature
 
-    Written to `out` if given, which may be the logits. Rows that are masked, beyond T, or whose dlogp and dentropy are both 0 are exactly 0 and do not depend on the logits.
+    Written to `out` if given, which may be the logits. Rows that are masked, beyond T, or whose dlogp and dentropy are
+    both 0 are exactly 0 and do not depend on the logits.
     """
     T = token_ids.shape[1]
     g = torch.zeros_like(row_max) if dlogp is None else dlogp

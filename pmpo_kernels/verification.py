@@ -31,9 +31,7 @@ class Case(NamedTuple):
     rollout_weights: Tensor
 
 
-def make_case(
-    dtype: torch.dtype, *, B: int = 6, T: int = 10, V: int = 201, device: str = "cpu", seed: int = 0
-) -> Case:
+def make_case(dtype: torch.dtype, *, B: int = 6, T: int = 10, V: int = 201, device: str = "cpu", seed: int = 0) -> Case:
     """Tokens are sampled from the logits' own distribution; old_logp differs by noise of standard deviation 0.25."""
     random = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(B, T, V, dtype=torch.float64, generator=random)).to(dtype)

@@ -14,7 +14,7 @@ from pmpo_kernels import LossConfig
     ("options", "message"),
     [
         ({"power": math.nan}, 'power: expected a finite number or "ess", got nan'),
-        ({"power": "geometric"}, 'power: expected a finite number or "ess", got \'geometric\''),
+        ({"power": "geometric"}, "power: expected a finite number or \"ess\", got 'geometric'"),
         ({"power": True}, "power: expected"),
         ({"clip": "both"}, r"clip: expected one of \['token', 'sequence', 'none'\], got 'both'"),
         ({"ess_rule": "x"}, "ess_rule: expected one of"),

@@ -107,7 +107,7 @@ def test_bad_token_logp_call() -> None:
 
 def test_named_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run on cpu tensors: .*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run on cpu tensors: .*TRITON_INTERPRET=1"):
         pmpo_loss(**GOOD, impl="triton")
 
 

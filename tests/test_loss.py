@@ -298,7 +298,14 @@ def test_zero_advantage_is_exactly_zero(impl: str, device: str) -> None:
     for name, config in CONFIGURATIONS.items():
         if config.beta or config.entropy_coef:
             continue
-        out = pmpo_loss(z, torch.zeros(3, T, dtype=torch.long, device=device), old, torch.zeros(3, device=device), config=config, impl=impl)
+        out = pmpo_loss(
+            z,
+            torch.zeros(3, T, dtype=torch.long, device=device),
+            old,
+            torch.zeros(3, device=device),
+            config=config,
+            impl=impl,
+        )
         (grad,) = torch.autograd.grad(out.loss, z)
         assert out.loss == 0, name
         assert (grad == 0).all(), name
@@ -344,7 +351,9 @@ def test_a_finite_loss_has_a_finite_gradient(d: list[float], advantage: float, n
 def test_large_log_ratio_is_clipped_before_exp(impl: str, device: str) -> None:
     """d = 400 with A > 0: bounded by the clip, zero gradient on that token, right gradient on the others."""
     logp = torch.tensor([[400.0, 0.0]], device=device, requires_grad=True)
-    out = pmpo_loss_from_logp(logp, torch.zeros(1, 2, device=device), torch.ones(1, device=device), config=LossConfig.grpo(), impl=impl)
+    out = pmpo_loss_from_logp(
+        logp, torch.zeros(1, 2, device=device), torch.ones(1, device=device), config=LossConfig.grpo(), impl=impl
+    )
     out.loss.backward()
     eps = torch.finfo(torch.float32).eps
     assert out.loss.item() == pytest.approx(-(1.2 + 1) / 2, rel=2 * eps)

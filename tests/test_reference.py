@@ -102,7 +102,9 @@ def test_ess_by_hand() -> None:
     A, old = torch.ones(1, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     config = LossConfig.pmpo(clip="none", power=1.0)
     assert pmpo_loss_from_logp(logp, old, A, config=config).ess.item() == pytest.approx(100 / 82, rel=8 * EPS)
-    out = pmpo_loss_from_logp(logp, old, A, config=LossConfig.pmpo(clip="none"), target_ess=torch.tensor([1.6], dtype=torch.float64))
+    out = pmpo_loss_from_logp(
+        logp, old, A, config=LossConfig.pmpo(clip="none"), target_ess=torch.tensor([1.6], dtype=torch.float64)
+    )
     assert out.power.item() == pytest.approx(0.5, rel=1e-9)  # p is solved to 1e-10 in log ESS, whose slope here is 0.5
     assert out.ess.item() == pytest.approx(1.6, rel=1e-9)
 
@@ -165,7 +167,15 @@ def test_gradcheck(name: str, features: str) -> None:
             logp.flatten(), old, A, mask.flatten(), offsets, ref, weights, entropy.flatten(), power, None, options
         )
         denominator = default_denominator(stats.detach(), config)
-        return total_loss(stats, config, denominator), dlogp / denominator, dentropy / denominator, stats, row_max, row_sum, entropy
+        return (
+            total_loss(stats, config, denominator),
+            dlogp / denominator,
+            dentropy / denominator,
+            stats,
+            row_max,
+            row_sum,
+            entropy,
+        )
 
     power = run(logits, None)[3][reference.STATS.index("power")].detach()
     assert torch.autograd.gradcheck(lambda z: run(z, power)[0], logits, eps=1e-6, atol=1e-8, rtol=1e-6)

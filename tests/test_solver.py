@@ -78,7 +78,9 @@ def test_never_more_than_20_iterations(
     l = draw(kind, sd, n, seed)
     least = n * math.exp(-log_deficit(l, power_max))
     target = least + fraction * (n - least)
-    power, info = solve_power(l[None], torch.tensor([target], dtype=torch.float64), power_max=power_max, full_output=True)
+    power, info = solve_power(
+        l[None], torch.tensor([target], dtype=torch.float64), power_max=power_max, full_output=True
+    )
     assert 0.0 <= float(power) <= power_max
     assert int(info.iterations) <= 20
     if float(l.max()) > float(l.min()):
@@ -111,7 +113,9 @@ def test_targets_out_of_reach_give_the_nearest_end() -> None:
 def test_zero_weights_count_as_tokens_without_weight() -> None:
     """l = 0, log 3, -inf: at p, ESS = (1 + 3^p)^2 / (1 + 9^p), 1.6 at p = 1; it can never exceed 2 of the 3 tokens."""
     l = torch.tensor([[0.0, math.log(3.0), -math.inf]], dtype=torch.float64)
-    assert float(solve_power(l, torch.tensor([1.6], dtype=torch.float64), power_max=2.0)) == pytest.approx(1.0, rel=1e-8)
+    assert float(solve_power(l, torch.tensor([1.6], dtype=torch.float64), power_max=2.0)) == pytest.approx(
+        1.0, rel=1e-8
+    )
     assert float(solve_power(l, torch.tensor([2.5], dtype=torch.float64))) == 0.0
 
 

@@ -7,7 +7,10 @@ import typer
 from pmpo_kernels.cli import bench, demo, info, verify
 
 app = typer.Typer(
-    name="pmpo-kernels", help="Fused power-mean policy losses: GRPO to PMPO.", no_args_is_help=True, add_completion=False
+    name="pmpo-kernels",
+    help="Fused power-mean policy losses: GRPO to PMPO.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 for module in (info, verify, bench, demo):
     app.command(module.__name__.rpartition(".")[2])(module.command)

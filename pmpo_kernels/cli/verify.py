@@ -34,23 +34,34 @@ def command(
     names = impl or [name for name in IMPLS if status[name].startswith(USABLE)]
     cells = [(i, d, c) for i in names for d in dtype or list(DTYPES) for c in configurations()]
     table = Table(title="Largest error against float64 (relative; see pmpo_kernels.verification)")
-    for column in ("impl", "dtype", "configuration", "loss", "target", "off-target", "row sum", "p residual", "bound", ""):
+    for column in (
+        "impl",
+        "dtype",
+        "configuration",
+        "loss",
+        "target",
+        "off-target",
+        "row sum",
+        "p residual",
+        "bound",
+        "",
+    ):
         table.add_column(column, justify="left" if column in ("impl", "dtype", "configuration") else "right")
     failed = 0
     with Progress(console=console, transient=True) as progress:
         for name, kind, config in progress.track(cells, description="verifying"):
             device = device_of(name)
             resolve_impl(name, torch.device(device))
-            verdict = verify(
-                make_case(DTYPES[kind], V=vocab, device=device, seed=seed), configurations()[config], name
-            )
+            verdict = verify(make_case(DTYPES[kind], V=vocab, device=device, seed=seed), configurations()[config], name)
             failed += not verdict.ok
             table.add_row(name, kind, config, *_figures(verdict))
     console.print(table)
     for name in IMPLS:
         if name not in names:
             console.print(f"{name}: not checked, {status[name]}")
-    console.print(f"[bold]{len(cells) - failed} of {len(cells)} agree with float64[/bold]" + (", FAILED" if failed else ""))
+    console.print(
+        f"[bold]{len(cells) - failed} of {len(cells)} agree with float64[/bold]" + (", FAILED" if failed else "")
+    )
     raise typer.Exit(1 if failed or not cells else 0)
 
 

@@ -148,9 +148,7 @@ def _choose_power(
         _, l, valid, _, _ = _token_log_weights(offs, stop, advantage, tokens, bounds)
         x = tl.where(valid & (l != -_INF), l - mean, 0.0)
         variance += x * x
-    _, most, _ = _moments(
-        power_max, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK
-    )
+    _, most, _ = _moments(power_max, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
     fraction = tl.minimum(clipped / n / full_clip_fraction, 1.0)
     severity = tl.where(fraction > 0, tl.exp(ess_sharpness * tl.log(tl.where(fraction > 0, fraction, 1.0))), 0.0)
     relative = -_log1p((1.0 - severity) * _expm1(-most))
