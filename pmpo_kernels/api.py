@@ -121,8 +121,8 @@ def pmpo_loss(
         entropy, and ref_kl where ref_logp is given: 0-d tensors on the same device.
 
     Raises:
-        TypeError, ValueError: a wrong argument; names it, what was expected and what was got. Values of token_ids and
-            cu_seqlens are checked on the CPU always and on a GPU with PMPO_KERNELS_CHECK=1; unchecked ids give NaN.
+        TypeError, ValueError: a wrong argument; names it, what was expected and what was got. The values of
+            tensors are checked on the CPU always and on a GPU with PMPO_KERNELS_CHECK=1; unchecked ids give NaN.
         RuntimeError: the named `impl` cannot run here, with the reason.
     """
     config = _check_config(config)
@@ -264,20 +264,43 @@ def _trajectory_inputs(
         denominator = torch.full(
             (), checks.check_number("denominator", denominator), dtype=torch.float64, device=device
         )
+    checked = {
+        "mask": _as_bool(per_token("mask", mask, checks.MASKS)),
+        "rollout_weights": per_token("rollout_weights", rollout_weights),
+        "power": per_trajectory("power", power),
+        "target_ess": per_trajectory("target_ess", target_ess),
+    }
+    _check_values(**checked, denominator=denominator)
     return TrajectoryInputs(
         per_token("old_logp", old_logp),
         A,
-        _as_bool(per_token("mask", mask, checks.MASKS)),
+        checked["mask"],
         offsets,
         per_token("ref_logp", ref_logp),
-        per_token("rollout_weights", rollout_weights),
-        per_trajectory("power", power),
-        per_trajectory("target_ess", target_ess),
+        checked["rollout_weights"],
+        checked["power"],
+        checked["target_ess"],
         denominator,
         config,
         config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None),
         resolve_impl(impl, device),
     )
+
+
+def _check_values(
+    mask: Tensor | None,
+    rollout_weights: Tensor | None,
+    power: Tensor | None,
+    target_ess: Tensor | None,
+    denominator: Tensor | None,
+) -> None:
+    """The ranges of tensors whose bad values would only show in the loss, or not at all."""
+    if rollout_weights is not None and mask is not None:
+        rollout_weights = torch.where(mask, rollout_weights, 0)
+    checks.check_all("rollout_weights", rollout_weights, lambda v: v >= 0, "weights >= 0 where mask is true")
+    checks.check_all("power", power, Tensor.isfinite, "finite numbers")
+    checks.check_all("target_ess", target_ess, lambda ess: ess > 0, "numbers > 0")
+    checks.check_all("denominator", denominator, lambda d: d > 0, "a number > 0")
 
 
 def _loss(logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> PMPOOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -126,3 +126,12 @@ def check_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Tenso
     if not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, tokens.numel())
     return cu_seqlens
+
+
+def check_all(name: str, value: Tensor | None, good: Callable[[Tensor], Tensor], expected: str) -> None:
+    """Every element of an optional tensor passes `good`; unread while compiling and where values are not read."""
+    if value is None or torch.compiler.is_compiling() or not checks_values(value):
+        return
+    bad = ~good(value)
+    if bool(bad.any()):
+        raise ValueError(f"{name}: expected {expected}, got {float(value[bad][0])}")

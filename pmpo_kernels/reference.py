@@ -192,9 +192,9 @@ def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o:
 def solve_power(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -> tuple[Tensor, Tensor]:
     """p (B,) with log(n / ESS(p)) = deficit, and its Newton iterations (B,): design 2.5, in u = p^2 inside a bracket.
 
-    From below the root a second Newton step, on log(deficit(power_max) - deficit(p)), is tried: that is linear in p
-    where the ESS saturates, and the farther step inside the bracket wins. A deficit out of reach gives the nearest end
-    of [power_min, power_max]; equal weights give power_max.
+    From below the root a second Newton step, on log(deficit(power_max) - deficit(p)), is tried: that is nearly
+    linear where the ESS saturates, and the farther step inside the bracket wins. A deficit out of reach gives the nearest end
+    of [power_min, power_max]; equal weights give power_max; a NaN deficit gives NaN.
     """
     n = l.tokens.clamp(min=1)
     lo, hi = torch.full_like(n, power_min**2), torch.full_like(n, power_max**2)
@@ -220,7 +220,7 @@ def solve_power(l: LogWeights, deficit: Tensor, power_min: float, power_max: flo
         done = done | (g.abs() <= tolerance)
         u = torch.where(done, u, step)
     p = torch.where(at_max, power_max, torch.where(at_min, power_min, u.sqrt()))
-    return p, iterations.long()
+    return torch.where(deficit.isnan(), deficit, p), iterations.long()
 
 
 def kl_penalty(r: Tensor, order: float) -> tuple[Tensor, Tensor]:

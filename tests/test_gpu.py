@@ -46,6 +46,8 @@ def test_no_further_compiles_over_lengths() -> None:
     before = compiled()
     for i in range(50):
         step(4 + i % 7, 5 + i)
+    for config in (LossConfig.grpo(), LossConfig.gspo(), LossConfig.holder(-2.0), LossConfig.pmpo(temperature=0.7)):
+        step(4, 8, config=config)
     assert compiled() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pmpo_kernels import LossConfig, PMPOOutput, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.baseline import eager_pmpo_loss
+from pmpo_kernels.reference import STATS
 from pmpo_kernels.verification import Case, make_case, oracle, three_part_error, tolerance, verify
 
 FEW = ["dapo", "pmpo, severity in between", "pmpo, all terms", "sequence clip, dual, k2"]
@@ -472,3 +474,17 @@ def test_unchecked_ids_give_nan(impl: str, device: str) -> None:
     logits = torch.randn(1, 3, 8, device=device)
     logp = function(logits, torch.tensor([[3, 8, -1]], device=device), None, 1.0)[0]
     assert logp.isnan().tolist() == [[False, True, True]]
+
+
+def test_a_nan_target_is_not_hidden(impl: str, device: str) -> None:
+    """Unchecked (a GPU does not read it back), a NaN target_ess gives a NaN p, not one out of the blue."""
+
+    function = importlib.import_module(f"pmpo_kernels.{impl}").trajectory
+    logp = torch.tensor([-1.0, -2.0, -3.0], device=device)
+    old = torch.tensor([-1.1, -2.2, -2.9], device=device)
+    offsets, target = torch.tensor([0, 3], device=device), torch.tensor([math.nan], device=device)
+    options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=True)
+    A = torch.ones(1, device=device)
+    stats = function(logp, old, A, None, offsets, None, None, None, None, target, options)[2]
+    assert stats[STATS.index("power")].isnan().all()
+    assert stats[STATS.index("policy_loss")].isnan().all()

@@ -74,7 +74,7 @@ def _clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
     torch.cuda.synchronize()
 
     def mark() -> None:
-        events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        events.append(torch.cuda.Event(enable_timing=True))
         events[-1].record()
 
     def milliseconds() -> list[float]:

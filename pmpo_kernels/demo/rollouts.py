@@ -153,7 +153,7 @@ def update(policy: Policy, rollouts: Rollouts, size: int, learning_rate: float) 
     for g in rollouts.groups(size):
         logits = policy.logits(g)
         out = pmpo_loss(logits, g.token_ids, None, g.advantages, mask=g.mask, denominator=float(len(rollouts)))
-        out.loss.backward()  # type: ignore[no-untyped-call]
+        out.loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in policy.model.parameters() if p.grad is not None])
     optimizer.step()
     optimizer.zero_grad()

@@ -132,7 +132,8 @@ def _solve_power(
         done = tl.abs(g) <= tolerance
         u = tl.where(done, u, step)
         left = tl.where(done, 0, left - 1)
-    return tl.where(at_max, power_max, tl.where(at_min, power_min, tl.sqrt(u)))
+    p = tl.where(at_max, power_max, tl.where(at_min, power_min, tl.sqrt(u)))
+    return tl.where(deficit == deficit, p, deficit)
 
 
 @triton.jit
