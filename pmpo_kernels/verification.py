@@ -164,7 +164,8 @@ class Verdict(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        return max(self.loss, *self.grad, self.power_residual) <= self.tolerance
+        right = max(self.loss, *self.grad) <= self.tolerance
+        return right and self.power_residual <= self.tolerance + reference.NEWTON_TOLERANCE
 
 
 def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) -> Verdict:

@@ -466,8 +466,6 @@ def test_unchecked_ids_give_nan(impl: str, device: str) -> None:
     from pmpo_kernels.ops import stage
 
     if device == "cpu":
-        import importlib
-
         function = importlib.import_module(f"pmpo_kernels.{impl}").token_logp  # below the operator's check
     else:
         function = stage("token_logp", impl)
