@@ -50,18 +50,24 @@ def _clip_log_ratio(d, advantage, low, high, dual):
 
 
 @triton.jit
+def _given(valid, has):
+    """`valid` where an optional input is there. (The interpreter changes the type of a scalar bool that it broadcasts.)"""
+    return valid.to(tl.int32) * has != 0
+
+
+@triton.jit
 def _token_log_weights(offs, stop, advantage, tokens, bounds):
     """(log-ratio d, log weight l, response token, clipped below, clipped above) of one block of tokens."""
     logp_ptr, old_logp_ptr, mask_ptr, rollout_weights_ptr, has_old_logp, has_mask, has_rollout_weights = tokens
     low, high, dual = bounds
     valid = offs < stop
-    valid = valid & (tl.load(mask_ptr + offs, mask=valid & (has_mask != 0), other=1) != 0)
+    valid = valid & (tl.load(mask_ptr + offs, mask=_given(valid, has_mask), other=1) != 0)
     logp = tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
-    old_logp = tl.load(old_logp_ptr + offs, mask=valid & (has_old_logp != 0), other=0.0).to(tl.float64)
+    old_logp = tl.load(old_logp_ptr + offs, mask=_given(valid, has_old_logp), other=0.0).to(tl.float64)
     on_policy = tl.where(logp == -_INF, 0.0, logp - logp)
     d = tl.where(has_old_logp != 0, logp - old_logp, on_policy)
     l, below, above = _clip_log_ratio(d, advantage, low, high, dual)
-    v = tl.load(rollout_weights_ptr + offs, mask=valid & (has_rollout_weights != 0), other=1.0).to(tl.float64)
+    v = tl.load(rollout_weights_ptr + offs, mask=_given(valid, has_rollout_weights), other=1.0).to(tl.float64)
     return d, l + tl.log(v), valid, valid & below, valid & above
 
 
@@ -165,7 +171,7 @@ def _choose_power(
 @triton.jit
 def _reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr, has_ref_logp):
     """r = ref_logp - logp, 0 without a reference policy."""
-    has = valid & (has_ref_logp != 0)
+    has = _given(valid, has_ref_logp)
     ref_logp = tl.load(ref_logp_ptr + offs, mask=has, other=0.0).to(tl.float64)
     return ref_logp - tl.load(logp_ptr + offs, mask=has, other=0.0).to(tl.float64)
 
@@ -212,7 +218,7 @@ def _token_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_en
         approx_kl += tl.where(valid, _expm1(d) - d, 0.0)
         r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr, has_ref_logp)
         kl += _kl_penalty(r, kl_order)[0]
-        entropy += tl.load(entropy_ptr + offs, mask=valid & (has_entropy != 0), other=0.0).to(tl.float64)
+        entropy += tl.load(entropy_ptr + offs, mask=_given(valid, has_entropy), other=0.0).to(tl.float64)
     return (
         tl.sum(n, axis=0), tl.sum(zeros, axis=0), tl.sum(sum_l, axis=0), tl.min(l_min, axis=0), tl.max(l_max, axis=0),
         tl.sum(low, axis=0), tl.sum(high, axis=0), tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0),
