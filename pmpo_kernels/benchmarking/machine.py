@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
         "numpy": _installed("numpy"),
         "cuda (torch build)": torch.version.cuda or "none",
         "hip (torch build)": torch.version.hip or "none",
-        "os": platform.platform(),
+        "os": f"{platform.system()} {platform.machine()}",
     }
 
 
