@@ -299,7 +299,7 @@ def _check_values(
         rollout_weights = torch.where(mask, rollout_weights, 0)
     checks.check_all("rollout_weights", rollout_weights, lambda v: v >= 0, "weights >= 0 where mask is true")
     checks.check_all("power", power, Tensor.isfinite, "finite numbers")
-    checks.check_all("target_ess", target_ess, lambda ess: ess > 0, "numbers > 0")
+    checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
     checks.check_all("denominator", denominator, lambda d: d > 0, "a number > 0")
 
 

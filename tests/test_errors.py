@@ -59,7 +59,7 @@ BAD_LOSS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"denominator": torch.ones(2)}, ValueError, r"denominator: expected shape \(\), got \(2,\)"),
     ({"denominator": torch.tensor(0.0)}, ValueError, "denominator: expected a number > 0, got 0.0"),
     ({"power": torch.tensor([1.0, float("nan")])}, ValueError, "power: expected finite numbers, got nan"),
-    ({"target_ess": torch.tensor([1.0, -1.0])}, ValueError, "target_ess: expected numbers > 0, got -1.0"),
+    ({"target_ess": torch.tensor([1.0, -1.0])}, ValueError, "target_ess: expected numbers >= 0, got -1.0"),
     ({"rollout_weights": torch.full((B, T), -0.5)}, ValueError, "rollout_weights: expected weights >= 0 where mask is true, got -0.5"),
     ({"impl": "cuda"}, ValueError, r"impl: expected None or one of \['triton', 'cpp', 'reference'\], got 'cuda'"),
     ({"impl": "cpp"}, RuntimeError, "impl='cpp' cannot run on cpu tensors: the C\\+\\+ kernels are not part of this version"),
