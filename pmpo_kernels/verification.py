@@ -67,7 +67,7 @@ class Oracle(NamedTuple):
 
 def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracle:
     """The reference in float64 with autograd as its gradient; `power` (B,) replaces the solved p, as a constant."""
-    z = case.logits.double().requires_grad_()
+    z = case.logits.double().clone().requires_grad_()
     logp, _, _, entropy = reference.token_logp(z, case.token_ids, case.mask, config.temperature)
     B, T = case.token_ids.shape
     dlogp, dentropy, stats = reference.trajectory(

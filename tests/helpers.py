@@ -1,0 +1,34 @@
+"""What the tests of the loss share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels import LossConfig, PMPOOutput, pmpo_loss
+from pmpo_kernels.verification import Case, make_case
+
+FEW = ["dapo", "pmpo, severity in between", "pmpo, all terms", "sequence clip, dual, k2"]
+
+
+def run(case: Case, config: LossConfig, impl: str, **kwargs: object) -> tuple[PMPOOutput, Tensor]:
+    """Output and logits gradient of one call with every optional argument in use."""
+    z = case.logits.detach().clone().requires_grad_()
+    options = {"mask": case.mask, "ref_logp": case.ref_logp, "rollout_weights": case.rollout_weights} | kwargs
+    out = pmpo_loss(z, case.token_ids, case.old_logp, case.advantages, config=config, impl=impl, **options)
+    out.loss.backward()
+    return out, z.grad
+
+
+def small_case(device: str, dtype: torch.dtype = torch.float32) -> Case:
+    """Few and short rows, because the interpreter takes milliseconds a row."""
+    return make_case(dtype, B=6, T=6, V=40, device=device)
+
+
+def same_bits(a: PMPOOutput, b: PMPOOutput) -> None:
+    assert torch.equal(a.loss, b.loss)
+    assert a.metrics.keys() == b.metrics.keys()
+    for name in a.metrics:
+        assert torch.equal(a.metrics[name], b.metrics[name]), name
+    for x, y in zip(a[4:], b[4:], strict=True):
+        assert torch.equal(x, y)

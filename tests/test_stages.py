@@ -1,0 +1,121 @@
+"""Each stage alone, each implementation and dtype, against the same stage of the reference in float64."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from conftest import CONFIGURATIONS
+from torch import Tensor
+
+from pmpo_kernels import reference
+from pmpo_kernels.ops import stage
+from pmpo_kernels.reference import STATS
+from pmpo_kernels.verification import Case, make_case
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(reference.compute_dtype(dtype)).eps / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [67, 4100])
+def test_token_logp(impl: str, device: str, dtype: torch.dtype, V: int) -> None:
+    case = make_case(dtype, B=3, T=4, V=V, device=device)
+    got = stage("token_logp", impl)(case.logits, case.token_ids, case.mask, 0.7)
+    want = reference.token_logp(case.logits.double(), case.token_ids, case.mask, 0.7)
+    x = float((case.logits.double() / 0.7).abs().max())
+    # x and x - max carry u |x| each; the sum of V terms u (64 + log2 V) (see `tolerance`); a few more for exp and log
+    bound = unit_roundoff(dtype) * (6 * x + 64 + 2 * torch.tensor(V).log2().item() + 16)
+    names = ("logp", "row_max", "row_sum", "entropy")
+    for name, a, b in zip(names, got, want, strict=True):
+        assert a.dtype == reference.compute_dtype(dtype), name
+        # entropy is a mean of x - max, up to twice as large as x
+        scale = b.abs() if name == "row_sum" else torch.full_like(b, 2 * x if name == "entropy" else 1.0)
+        assert ((a.double() - b).abs() <= bound * scale).all(), name
+
+
+def flat(case: Case) -> tuple[Tensor, ...]:
+    logp, _, _, entropy = reference.token_logp(case.logits.double(), case.token_ids, case.mask, 1.0)
+    small = reference.compute_dtype(case.logits.dtype)
+    tensors = (logp, case.old_logp, case.ref_logp, case.rollout_weights, entropy)
+    return (*(t.flatten().to(small) for t in tensors), case.mask.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", list(CONFIGURATIONS))
+@pytest.mark.parametrize("optional", [True, False])
+def test_trajectory(impl: str, device: str, dtype: torch.dtype, name: str, optional: bool) -> None:
+    """Same inputs, float64 inside: only the stored gradients are rounded to the inputs' dtype."""
+    config = CONFIGURATIONS[name]
+    case = make_case(dtype, B=6, T=10, V=16, device=device)
+    logp, old, ref, weights, entropy, mask = flat(case)
+    offsets = torch.arange(7, device=device) * 10
+    options = config.trajectory_options(has_power=False, has_target_ess=False)
+    if not optional:
+        if config.beta or config.entropy_coef:
+            return  # these terms need their inputs
+        ref = weights = entropy = mask = None
+    args = (logp, old, case.advantages, mask, offsets, ref, weights, entropy, None, None)
+    dlogp, dentropy, stats = stage("trajectory", impl)(*args, list(options))
+    doubles = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
+    row = dict(zip(STATS, stats, strict=True))
+    # p is right to 1e-10 in log ESS: compare the rest at that p
+    power = row["power"] if config.power == "ess" else None
+    fixed = config.trajectory_options(has_power=power is not None, has_target_ess=False)
+    want_dlogp, want_dentropy, want = reference.trajectory(*doubles[:8], power, None, fixed)
+    u64, u = torch.finfo(torch.float64).eps / 2, torch.finfo(dtype).eps / 2
+    for key, a, b in zip(STATS, stats, want, strict=True):
+        if key == "ess_target" and power is not None:
+            solved = (row["power"] > config.power_min) & (row["power"] < config.power_max) & (row["tokens"] > 0)
+            b = row["ess"]
+            assert torch.allclose(a[solved], b[solved], rtol=2 * reference.NEWTON_TOLERANCE, atol=0)
+            continue
+        # sums of 10 terms and quantities of order 1 from them, with cancellation to at worst 1 %
+        assert torch.allclose(a, b, rtol=100 * 64 * u64, atol=64 * u64), key
+    assert dlogp.dtype == dtype
+    assert torch.allclose(dlogp.double(), want_dlogp, rtol=2 * u + 100 * 64 * u64, atol=64 * u64)
+    assert torch.allclose(dentropy.double(), want_dentropy, rtol=2 * u, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [67, 4100])
+@pytest.mark.parametrize("given", ["dlogp", "dentropy", "both"])
+def test_dlogits(impl: str, device: str, dtype: torch.dtype, V: int, given: str) -> None:
+    case = make_case(dtype, B=3, T=3, V=V, device=device)
+    z, small = case.logits.double().clone().requires_grad_(), reference.compute_dtype(dtype)
+    logp, row_max, row_sum, entropy = reference.token_logp(z, case.token_ids, case.mask, 0.7)
+    g, h = torch.randn(2, 3, 3, dtype=torch.float64, device=device).to(small)
+    g[0, 0], h[0, 0] = 0.0, 0.0
+    g, h = (None if given == "dentropy" else g), (None if given == "dlogp" else h)
+    total = sum((a * b.double()).sum() for a, b in ((logp, g), (entropy, h)) if b is not None)
+    (want,) = torch.autograd.grad(total, z)
+    saved = [t.detach().to(small) for t in (row_max, row_sum, entropy)]
+    got = stage("dlogits", impl)(case.logits, case.token_ids, case.mask, *saved, g, h, 0.7)
+    assert got.dtype == dtype
+    assert (got[0, 0] == 0).all()
+    x = float((case.logits.double() / 0.7).abs().max())
+    # log q carries u (6 |x| + log V), the entropy factor (log q + H) the same once more; then products and the store,
+    # which for float16 has a smallest step of 2^-24
+    delta = unit_roundoff(dtype) * (12 * x + 4 * torch.tensor(V).log().item() + 32)
+    stored = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
+    step = 2.0**-24 if dtype == torch.float16 else 0.0
+    # relative to what each entry is made of: q (|g| + |h| (|log q| + H)), plus |g| in the target column
+    q = torch.softmax(case.logits.double() / 0.7, -1)
+    one_hot = torch.zeros_like(q).scatter_(-1, case.token_ids[..., None], 1.0)
+    size = torch.zeros_like(q)
+    if g is not None:
+        size = size + (q + one_hot) * g.double().abs()[..., None]
+    if h is not None:
+        size = size + q * (q.log().abs() + entropy.detach()[..., None]) * h.double().abs()[..., None]
+    size = torch.where(case.mask[..., None], size / 0.7, 0)
+    assert ((got.double() - want).abs() <= (delta + stored) * size + step).all()
+
+
+def test_stages_have_the_same_names_everywhere() -> None:
+    for name in ("token_logp", "trajectory", "dlogits"):
+        assert callable(getattr(reference, name))
+        assert callable(getattr(importlib.import_module("pmpo_kernels.triton"), name))
