@@ -1,0 +1,22 @@
+"""The README says what is true: its code runs, and its results are those of the files under benchmarks/results/."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_python_block_runs_in_order() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 5
+    exec(compile("\n".join(blocks), "README.md", "exec"), {})
+
+
+def test_results_come_from_files() -> None:
+    program = ROOT / "benchmarks" / "readme_table.py"
+    done = subprocess.run([sys.executable, str(program), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
