@@ -54,6 +54,8 @@ def token_logp(
     """
     checks.check_logits(logits, token_ids)
     temperature = checks.check_number("temperature", temperature)
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
     if inplace:
         checks.check_inplace(logits)
     mask = _as_bool(
@@ -64,7 +66,7 @@ def token_logp(
     if logits.dim() == 2:
         logits, token_ids = logits[None], token_ids[None]
         mask = None if mask is None else mask[None]
-    logp, entropy = TokenLogpFunction.apply(logits, token_ids, mask, temperature, bool(inplace), impl)
+    logp, entropy = TokenLogpFunction.apply(logits, token_ids, mask, temperature, inplace, impl)
     return TokenLogp(logp.view(shape), entropy.view(shape))
 
 
@@ -129,6 +131,7 @@ def pmpo_loss(
     checks.check_logits(logits, token_ids)
     # The loss's own arguments are checked before the first kernel starts.
     trajectory = _trajectory_inputs(
+        "token_ids",
         token_ids,
         old_logp=old_logp,
         advantages=advantages,
@@ -182,6 +185,7 @@ def pmpo_loss_from_logp(
     elif config.entropy_coef:
         raise ValueError(f"entropy: expected a tensor because config.entropy_coef is {config.entropy_coef}, got None")
     trajectory = _trajectory_inputs(
+        "logp",
         logp,
         old_logp=old_logp,
         advantages=advantages,
@@ -195,7 +199,13 @@ def pmpo_loss_from_logp(
         denominator=denominator,
         impl=impl,
     )
-    return _loss(logp, entropy, trajectory)
+    out = _loss(logp, entropy, trajectory)
+    if mask is None:
+        return out
+    keep = mask != 0
+    return out._replace(
+        logp=torch.where(keep, out.logp, 0), entropy=None if out.entropy is None else torch.where(keep, out.entropy, 0)
+    )
 
 
 def _check_config(config: LossConfig | None) -> LossConfig:
@@ -209,6 +219,7 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
 
 
 def _trajectory_inputs(
+    name: str,
     tokens: Tensor,
     *,
     old_logp: Tensor | None,
@@ -223,9 +234,9 @@ def _trajectory_inputs(
     denominator: Tensor | float | None,
     impl: str | None,
 ) -> TrajectoryInputs:
-    """Check everything but `tokens` (any tensor shaped like the tokens) and bring it to the flat form."""
+    """Check everything but `tokens` (argument `name`, shaped like the tokens) and bring it to the flat form."""
     device, shape = tokens.device, tokens.shape
-    offsets = checks.check_offsets("token_ids", tokens, cu_seqlens)
+    offsets = checks.check_offsets(name, tokens, cu_seqlens)
     B = offsets.numel() - 1
 
     def per_token(name: str, value: object, dtypes: tuple[torch.dtype, ...] = checks.FLOATS) -> Tensor | None:
@@ -297,10 +308,12 @@ def _check_values(
     """The ranges of tensors whose bad values would only show in the loss, or not at all."""
     if rollout_weights is not None and mask is not None:
         rollout_weights = torch.where(mask, rollout_weights, 0)
-    checks.check_all("rollout_weights", rollout_weights, lambda v: v >= 0, "weights >= 0 where mask is true")
+    checks.check_all(
+        "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
+    )
     checks.check_all("power", power, Tensor.isfinite, "finite numbers")
     checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
-    checks.check_all("denominator", denominator, lambda d: d > 0, "a number > 0")
+    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite(), "a finite number > 0")
 
 
 def _loss(logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> PMPOOutput:

@@ -56,8 +56,8 @@ class TokenLogpFunction(torch.autograd.Function):
             logits, token_ids, mask, row_max, row_sum, entropy = ctx.saved_tensors
         except RuntimeError as error:
             raise RuntimeError(
-                "logits: expected them unchanged since the forward pass, got logits modified in place "
-                "(with inplace=True the first backward writes the gradient over them, so there is no second one)"
+                "logits: expected them and the returned entropy unchanged since the forward pass, got one modified in "
+                "place (with inplace=True the first backward writes the gradient over them, so there is no second one)"
             ) from error
         args = (logits, token_ids, mask, row_max, row_sum, entropy, dlogp, dentropy, ctx.temperature)
         if ctx.inplace:
@@ -109,7 +109,11 @@ class TrajectoryFunction(torch.autograd.Function):
         ctx.save_for_backward(dlogp, dentropy, denominator)
         ctx.mark_non_differentiable(stats, denominator)
         ctx.set_materialize_grads(False)
-        return total_loss(stats, i.config, denominator).to(logp.dtype), stats, denominator
+        ctx.dtype = logp.dtype
+        loss = total_loss(stats, i.config, denominator).to(logp.dtype)
+        # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
+        finite = (dlogp / denominator).to(logp.dtype).isfinite().all()
+        return torch.where(finite, loss, loss + torch.inf), stats, denominator
 
     @staticmethod
     @first_order
@@ -117,5 +121,5 @@ class TrajectoryFunction(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None
         dlogp, dentropy, denominator = ctx.saved_tensors
-        scale = (grad_loss / denominator).to(dlogp.dtype)
-        return dlogp * scale, dentropy * scale if dentropy.numel() else None, None
+        scale = grad_loss.double() / denominator
+        return (dlogp * scale).to(ctx.dtype), (dentropy * scale).to(ctx.dtype) if dentropy.numel() else None, None

@@ -65,8 +65,13 @@ def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
 
 
 def check_inplace(logits: Tensor) -> None:
-    """`inplace=True` needs rows that do not overlap in memory (no expanded dimension)."""
-    overlapping = [d for d in range(logits.dim()) if logits.stride(d) == 0 and logits.shape[d] > 1]
+    """`inplace=True` needs rows that do not overlap in memory (nor within themselves)."""
+    reach = 0
+    overlapping = False
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            overlapping = overlapping or stride <= reach
+            reach += stride * (size - 1)
     if overlapping:
         raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
 

@@ -43,8 +43,8 @@ def _trajectory_fake(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     advantages, entropy, options = args[1], args[6], TrajectoryOptions(*args[-1])
     with_entropy = entropy is not None and options.entropy_coef != 0
     return (
-        torch.empty_like(logp),
-        logp.new_empty(logp.numel() if with_entropy else 0),
+        logp.new_empty(logp.numel(), dtype=torch.float64),
+        logp.new_empty(logp.numel() if with_entropy else 0, dtype=torch.float64),
         logp.new_empty(len(STATS), advantages.numel(), dtype=torch.float64),
     )
 

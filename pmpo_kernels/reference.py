@@ -267,7 +267,8 @@ def trajectory(
     """Loss, statistics and per-token gradient of every trajectory (design 2.2 - 2.7), before the division by D.
 
     Token tensors are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1]; advantages, power and
-    target_ess (B,). Returns dlogp (N,), dentropy (N,) (empty without an entropy term) and stats (S, B), see `STATS`.
+    target_ess (B,). Returns, all in float64, dlogp (N,), dentropy (N,) (empty without an entropy term) and
+    stats (S, B), see `STATS`.
     """
     o, seg = options, Segments(cu_seqlens, logp.numel())
     valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
@@ -296,7 +297,7 @@ def trajectory(
 
     # KL and entropy: token means, weighted alike
     per_token = torch.where(valid, seg.spread(weight / n), 0)
-    kl, entropy_sum, dentropy = torch.zeros_like(n), torch.zeros_like(n), logp.new_empty(0)
+    kl, entropy_sum, dentropy = torch.zeros_like(n), torch.zeros_like(n), n.new_empty(0)
     if ref_logp is not None:
         r = torch.where(valid, ref_logp, 0).double() - torch.where(valid, logp, 0).double()
         token_kl, dkl = kl_penalty(r, o.kl_order)
@@ -323,7 +324,7 @@ def trajectory(
         "ratio_max": seg.max(ratio).clamp(min=0),
         "approx_kl": seg.sum(torch.where(valid, torch.expm1(d) - d, 0)),
     }
-    return dlogp.to(logp.dtype), dentropy.to(logp.dtype), torch.stack([rows[name] for name in STATS])
+    return dlogp, dentropy, torch.stack([rows[name] for name in STATS])
 
 
 # --- stage 3: dlogits ------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def solve_power(
         p (B,) float64 on the device of `log_weights`; or (p, PowerResults).
 
     Raises:
-        TypeError, ValueError: a wrong argument; NaN or +inf in an unmasked log weight; NaN in target_ess.
+        TypeError, ValueError: a wrong argument; NaN or +inf in an unmasked log weight; a NaN or negative target_ess.
     """
     if not isinstance(log_weights, Tensor):
         raise TypeError(f"log_weights: expected a tensor, got {type(log_weights).__name__}")
@@ -84,8 +84,7 @@ def solve_power(
     target = target_ess.detach().cpu().double()
     if bool((flat.isnan() | (flat == torch.inf)).any()):
         raise ValueError("log_weights: expected finite values or -inf where mask is true, got NaN or +inf")
-    if bool(target.isnan().any()):
-        raise ValueError("target_ess: expected numbers, got NaN")
+    checks.check_all("target_ess", target, lambda ess: ess >= 0, "numbers >= 0")
     l = centre(flat, valid, Segments(offsets, flat.numel()))
     deficit = torch.log(l.tokens.clamp(min=1)) - torch.log(target)
     p, iterations = newton(l, deficit, 0.0, power_max)

@@ -64,7 +64,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], int]]:
             yield f"{name} {dtype} V={V}", kernel, pointers, constants, launch.num_warps
     for dtype in ("fp32", "fp64"):
         pointers = shared | {f"{name}_ptr": f"*{dtype}" for name in (*small, "advantages")}
-        pointers |= {"power_ptr": "*fp64", "target_ess_ptr": "*fp64"}
+        pointers |= {f"{name}_ptr": "*fp64" for name in ("power", "target_ess", "dlogp", "dentropy")}
         constants = {"BLOCK": BLOCK_TOKENS, "NUM_STATS": len(STATS)}
         yield f"trajectory {dtype}", stages["trajectory"]._trajectory_fwd_kernel, pointers, constants, 8
 

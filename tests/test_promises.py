@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGURATIONS
+from conftest import CONFIGURATIONS, device_of
 from helpers import FEW, run, same_bits, small_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp
+from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.reference import STATS
 from pmpo_kernels.verification import Case, oracle, three_part_error, tolerance
 
@@ -254,6 +254,34 @@ def test_zero_weights(impl: str, device: str) -> None:
         assert z.grad.flatten().tolist() == [pytest.approx(-mean / 2, rel=1e-15), 0.0] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_smallest_finite_logits(impl: str, device: str, dtype: torch.dtype) -> None:
+    """Banned vocabulary is often filled with finfo.min: probability 0, nothing overflows on the way."""
+    case = small_case(device, dtype)
+    banned = torch.full_like(case.logits, torch.finfo(dtype).min)
+    wide = case._replace(logits=torch.cat([case.logits, banned, banned], -1))
+    config = LossConfig.pmpo(entropy_coef=0.1)
+    want, bound = oracle(case, config, run(case, config, impl)[0].power), tolerance(case, config)
+    out, grad = run(wide, config, impl)
+    assert bool(out.metrics["entropy"].isfinite())
+    assert (grad[..., 40:] == 0).all()
+    assert max(three_part_error(grad[..., :40], want, case.token_ids)) <= bound
+
+
+def test_overflow_is_never_hidden_in_a_finite_loss(impl: str, device: str) -> None:
+    """exp(92) is beyond float32: divided by a large D it is not, and terms that cancel in float64 are not finite."""
+    old = torch.full((2, 1), -92.0, device=device)
+    logp = torch.zeros(2, 1, device=device, requires_grad=True)
+    config = LossConfig(power=1.0, clip="none")
+    A = torch.tensor([-1.0, -1.0], device=device)
+    out = pmpo_loss_from_logp(logp, old, A, config=config, denominator=1e4, impl=impl)
+    (grad,) = torch.autograd.grad(out.loss, logp)
+    assert grad.flatten().tolist() == [pytest.approx(math.exp(92) / 1e4, rel=1e-6)] * 2
+    assert out.loss.item() == pytest.approx(2 * math.exp(92) / 1e4, rel=1e-6)
+    out = pmpo_loss_from_logp(logp, old, A * torch.tensor([1.0, -1.0], device=device), config=config, impl=impl)
+    assert not bool(out.loss.isfinite())
+
+
 def test_infinite_logits(impl: str, device: str) -> None:
     """-inf logits (a constrained vocabulary) are probability 0: finite entropy, zero gradient, as if they were absent."""
     case = small_case(device, torch.float64)
@@ -306,3 +334,27 @@ def test_a_nan_target_is_not_hidden(impl: str, device: str) -> None:
     stats = function(logp, old, A, None, offsets, None, None, None, None, target, options)[2]
     assert stats[STATS.index("power")].isnan().all()
     assert stats[STATS.index("policy_loss")].isnan().all()
+
+
+def test_masked_slots_of_given_logp_are_zero_in_the_output(impl: str, device: str) -> None:
+    logp = torch.tensor([[-1.0, math.nan]], device=device)
+    mask = torch.tensor([[True, False]], device=device)
+    A = torch.ones(1, device=device)
+    out = pmpo_loss_from_logp(logp, None, A, mask=mask, entropy=logp, impl=impl)
+    assert out.logp.tolist() == out.entropy.tolist() == [[-1.0, 0.0]]
+
+
+def test_overlapping_rows_are_refused_in_place() -> None:
+    rows = torch.zeros(20).as_strided((1, 3, 7), (0, 4, 1))
+    with pytest.raises(ValueError, match="logits: expected rows that do not overlap with inplace=True"):
+        token_logp(rows, torch.zeros(1, 3, dtype=torch.long), inplace=True)
+
+
+def test_tokens_of_no_trajectory_have_zero_gradient() -> None:
+    """What a GPU does with offsets that it does not check."""
+    device, function = device_of("triton"), importlib.import_module("pmpo_kernels.triton").trajectory
+    logp = torch.tensor([-1.0, -2.0, -3.0], device=device)
+    offsets, A = torch.tensor([0, 2], device=device), torch.ones(1, device=device)
+    options = LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False)
+    dlogp = function(logp, logp - 0.1, A, None, offsets, None, None, None, None, None, options)[0]
+    assert (dlogp != 0).tolist() == [True, True, False]

@@ -137,7 +137,7 @@ def test_bad_calls() -> None:
         solve_power(l, torch.ones(2), power_max=0)
     with pytest.raises(ValueError, match="log_weights: expected finite values or -inf"):
         solve_power(l + torch.nan, torch.ones(2))
-    with pytest.raises(ValueError, match="target_ess: expected numbers, got NaN"):
+    with pytest.raises(ValueError, match="target_ess: expected numbers >= 0, got nan"):
         solve_power(l, torch.full((2,), torch.nan))
     with pytest.raises(TypeError, match="log_weights: expected a tensor, got list"):
         solve_power([0.0], torch.ones(1))  # type: ignore[call-overload]

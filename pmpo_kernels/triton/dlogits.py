@@ -11,6 +11,15 @@ from pmpo_kernels.triton.launch import on_device, optional, optional_mask, row_v
 
 
 @triton.jit(
+    do_not_specialize_on_alignment=[
+        "token_ids_ptr",
+        "mask_ptr",
+        "row_max_ptr",
+        "row_sum_ptr",
+        "entropy_ptr",
+        "dlogp_ptr",
+        "dentropy_ptr",
+    ],
     do_not_specialize=[
         "T",
         "S",
@@ -21,7 +30,7 @@ from pmpo_kernels.triton.launch import on_device, optional, optional_mask, row_v
         "has_mask",
         "has_dlogp",
         "has_dentropy",
-    ]
+    ],
 )
 def _dlogits_bwd_kernel(
     logits_ptr,

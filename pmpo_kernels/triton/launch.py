@@ -49,6 +49,13 @@ def optional(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     return (stand_in, 0) if tensor is None else (tensor.contiguous(), 1)
 
 
+def optional_like(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    """As `optional`, in the stand-in's dtype where that is wider, so that presence changes no pointer type."""
+    if tensor is not None and tensor.dtype.itemsize < stand_in.dtype.itemsize:
+        tensor = tensor.to(stand_in.dtype)
+    return optional(tensor, stand_in)
+
+
 def optional_mask(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     """As `optional`, always a byte pointer, so that a missing mask compiles nothing new."""
     tensor, has = optional(mask, stand_in.contiguous())

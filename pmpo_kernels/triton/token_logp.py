@@ -10,7 +10,10 @@ from torch import Tensor
 from pmpo_kernels.triton.launch import on_device, optional_mask, row_vector, scalar, vocab_launch
 
 
-@triton.jit(do_not_specialize=["T", "stride_logits_b", "stride_logits_t", "has_mask"])
+@triton.jit(
+    do_not_specialize_on_alignment=["token_ids_ptr", "mask_ptr"],
+    do_not_specialize=["T", "stride_logits_b", "stride_logits_t", "has_mask"],
+)
 def _token_logp_fwd_kernel(
     logits_ptr,
     token_ids_ptr,
@@ -53,7 +56,8 @@ def _token_logp_fwd_kernel(
             alpha = tl.exp(moved)
             centred = x - shift[:, None]
             e = tl.exp(centred)
-            u = alpha * (u + s * moved) + tl.sum(tl.where(e > 0, e * centred, 0.0), axis=1)
+            # alpha = 0 where a lane was far below, down to -finfo.max: its u would overflow
+            u = tl.where(alpha > 0, alpha * (u + s * moved), 0.0) + tl.sum(tl.where(e > 0, e * centred, 0.0), axis=1)
             s = alpha * s + tl.sum(e, axis=1)
             m = m_new
         row_max = tl.max(m, axis=0)
@@ -61,7 +65,7 @@ def _token_logp_fwd_kernel(
         scale = tl.exp(moved)
         row_sum = tl.sum(scale * s, axis=0)
         log_sum = tl.log(row_sum)
-        entropy = log_sum - tl.sum(scale * (u + s * moved), axis=0) / row_sum
+        entropy = log_sum - tl.sum(tl.where(scale > 0, scale * (u + s * moved), 0.0), axis=0) / row_sum
         token_id = tl.load(token_ids_ptr + row)
         known = (token_id >= 0) & (token_id < V)
         target = tl.load(logits_row_ptr + token_id, mask=known, other=0.0).to(dtype) * inv_temperature

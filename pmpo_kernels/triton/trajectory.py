@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pmpo_kernels.config import ABSOLUTE, FIXED, TARGET, TrajectoryOptions
 from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, on_device, optional, optional_mask, scalar
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, on_device, optional_like, optional_mask, scalar
 
 _FIXED = tl.constexpr(FIXED)
 _ABSOLUTE = tl.constexpr(ABSOLUTE)
@@ -21,6 +21,10 @@ _TARGET = tl.constexpr(TARGET)
 _MAX_ITERATIONS = tl.constexpr(MAX_NEWTON_ITERATIONS)
 _TOLERANCE = tl.constexpr(NEWTON_TOLERANCE)
 _INF = tl.constexpr(float("inf"))
+# Slices of a batch are aligned or not: no variant of the kernel for each.
+_POINTERS = ["logp_ptr", "old_logp_ptr", "advantages_ptr", "mask_ptr", "cu_seqlens_ptr", "ref_logp_ptr",
+             "rollout_weights_ptr", "entropy_ptr", "power_ptr", "target_ess_ptr"]  # fmt: skip
+_RUN_TIME = ["B", "N", "has_old_logp", "has_mask", "has_ref_logp", "has_rollout_weights", "has_entropy", "has_power"]
 
 
 @triton.jit
@@ -249,8 +253,7 @@ def _write_gradient(
             tl.store(dentropy_ptr + offs, dentropy, mask=offs < stop)
 
 
-@triton.jit(do_not_specialize=["B", "N", "has_old_logp", "has_mask", "has_ref_logp", "has_rollout_weights",
-                               "has_entropy", "has_power"])  # fmt: skip
+@triton.jit(do_not_specialize_on_alignment=_POINTERS, do_not_specialize=_RUN_TIME)
 def _trajectory_fwd_kernel(
     logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, cu_seqlens_ptr, ref_logp_ptr, rollout_weights_ptr, entropy_ptr,
     power_ptr, target_ess_ptr, dlogp_ptr, dentropy_ptr, stats_ptr,
@@ -338,16 +341,17 @@ def trajectory(
     """As `reference.trajectory`."""
     B, N = advantages.numel(), logp.numel()
     logp = logp.contiguous()
-    old_logp, has_old_logp = optional(old_logp, logp)
+    old_logp, has_old_logp = optional_like(old_logp, logp)
     mask, has_mask = optional_mask(mask, cu_seqlens)
-    ref_logp, has_ref_logp = optional(ref_logp, logp)
-    rollout_weights, has_rollout_weights = optional(rollout_weights, logp)
-    entropy, has_entropy = optional(entropy, logp)
-    power, has_power = optional(power, advantages)
-    target_ess, _ = optional(target_ess, advantages)
-    dlogp = torch.empty_like(logp)
-    dentropy = logp.new_empty(N if has_entropy and options.entropy_coef else 0)
-    stats = torch.empty(len(STATS), B, dtype=torch.float64, device=logp.device)
+    ref_logp, has_ref_logp = optional_like(ref_logp, logp)
+    rollout_weights, has_rollout_weights = optional_like(rollout_weights, logp)
+    entropy, has_entropy = optional_like(entropy, logp)
+    # zeros, because offsets that were not checked may leave tokens to no trajectory
+    dlogp = torch.zeros(N, dtype=torch.float64, device=logp.device)
+    dentropy = dlogp.new_zeros(N if has_entropy and options.entropy_coef else 0)
+    stats = dlogp.new_empty(len(STATS), B)
+    power, has_power = optional_like(power, stats)
+    target_ess, _ = optional_like(target_ess, stats)
     if B:
         with on_device(logp):
             _trajectory_fwd_kernel[(B,)](
