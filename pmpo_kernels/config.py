@@ -168,12 +168,12 @@ class LossConfig:
 
     @classmethod
     def holder(cls, power: float, **options: Any) -> LossConfig:
-        """HölderPO: power mean of any real p, M_p clipped to 1 +- 0.2."""
+        """HölderPO (arXiv 2605.12058): power mean of any real p, M_p clipped to 1 +- 0.2."""
         return cls(**{"power": power, "clip": "sequence", **cls.ratio_clip(0.2, 0.2), **options})
 
     @classmethod
     def holder_token(cls, power: float, **options: Any) -> LossConfig:
-        """HölderPO with each token's ratio clipped one-sidedly to 1 +- 0.2 before the power mean."""
+        """HölderPO (arXiv 2605.12058) with each token's ratio clipped one-sidedly to 1 +- 0.2 before the power mean."""
         return cls.holder(power, **{"clip": "token", **options})
 
     def trajectory_options(self, *, has_power: bool, has_target_ess: bool) -> TrajectoryOptions:
