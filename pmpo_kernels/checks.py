@@ -66,12 +66,11 @@ def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
 
 def check_inplace(logits: Tensor) -> None:
     """`inplace=True` needs rows that do not overlap in memory (nor within themselves)."""
-    reach = 0
+    dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     overlapping = False
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            overlapping = overlapping or stride <= reach
-            reach += stride * (size - 1)
+    for i, (stride, _) in enumerate(dims):
+        below = [(s, n) for j, (s, n) in enumerate(dims) if j != i and s <= stride]
+        overlapping = overlapping or stride <= sum(s * (n - 1) for s, n in below)
     if overlapping:
         raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
 
