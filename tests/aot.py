@@ -54,9 +54,9 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], int]]:
         pointers = (
             shared | {f"{name}_ptr": result for name in small} | {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
         )
-        launch: VocabLaunch = vocab_launch(V, ITEMSIZE[dtype])
-        vector = 16 // ITEMSIZE[dtype]
-        constants = {"V": V, "BLOCK_V": launch.BLOCK_V, "VECTOR": vector if V % vector == 0 else 1}
+        vector = 16 // ITEMSIZE[dtype] if V % (16 // ITEMSIZE[dtype]) == 0 else 1
+        launch: VocabLaunch = vocab_launch(V, ITEMSIZE[dtype], vector)
+        constants = {"V": V, "BLOCK_V": launch.BLOCK_V, "VECTOR": vector}
         for name, kernel in (
             ("token_logp", stages["token_logp"]._token_logp_fwd_kernel),
             ("dlogits", stages["dlogits"]._dlogits_bwd_kernel),

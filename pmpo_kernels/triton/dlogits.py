@@ -109,7 +109,8 @@ def dlogits(
     mask, has_mask = optional_mask(mask, token_ids)
     dlogp, has_dlogp = optional(dlogp, row_max)
     dentropy, has_dentropy = optional(dentropy, row_max)
-    launch, vector = vocab_launch(V, logits.element_size()), row_vector(logits, out)
+    vector = row_vector(logits, out)
+    launch = vocab_launch(V, logits.element_size(), vector)
     if B * S:
         with on_device(logits):
             _dlogits_bwd_kernel[(B * S,)](

@@ -21,9 +21,12 @@ class VocabLaunch(NamedTuple):
     num_warps: int
 
 
-def vocab_launch(V: int, itemsize: int) -> VocabLaunch:
+def vocab_launch(V: int, itemsize: int, vector: int) -> VocabLaunch:
     """16 bytes a thread and step for 256 threads, doubled for 2-byte logits; smaller blocks for small V."""
-    block = min(max(triton.next_power_of_2(V), 64), 16384 // max(itemsize, 4))
+    most = 16384 // max(itemsize, 4)
+    if vector == 1:
+        most //= 2  # each element is then a lane with accumulators of its own: more of them spill on sm_80
+    block = min(max(triton.next_power_of_2(V), 64), most)
     return VocabLaunch(block, max(1, min(8, block // 256)))
 
 

@@ -86,7 +86,8 @@ def token_logp(
     logp, row_max, row_sum, entropy = (
         torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4)
     )
-    launch, vector = vocab_launch(V, logits.element_size()), row_vector(logits)
+    vector = row_vector(logits)
+    launch = vocab_launch(V, logits.element_size(), vector)
     if token_ids.numel():
         with on_device(logits):
             _token_logp_fwd_kernel[(token_ids.numel(),)](
