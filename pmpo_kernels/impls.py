@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from pmpo_kernels import cpp
+
 USABLE = "usable"
 INTERPRETER = "set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors under Triton's interpreter"
 IMPLS = ("triton", "cpp", "reference")
@@ -22,6 +24,12 @@ def _triton() -> str:
     return f"{USABLE} on GPU tensors ({torch.cuda.get_device_name()})"
 
 
+def _cpp() -> str:
+    if cpp.extension is None:
+        return cpp.problem
+    return f"{USABLE} on CPU tensors ({cpp.extension.isa()})"
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run under its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -35,7 +43,7 @@ def available_impls() -> dict[str, str]:
     """
     return {
         "triton": _triton(),
-        "cpp": "the C++ kernels are not part of this version",
+        "cpp": _cpp(),
         "reference": f"{USABLE} on any device (eager PyTorch, the specification)",
     }
 
@@ -43,14 +51,15 @@ def available_impls() -> dict[str, str]:
 def resolve_impl(impl: str | None, device: torch.device) -> str:
     """The implementation that runs on `device`: the named one or an error with the reason; None chooses.
 
-    None chooses Triton for GPU tensors and the reference for CPU tensors.
+    None chooses Triton for GPU tensors, and for CPU tensors C++ or, where it is not built, the reference.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: a named implementation that cannot run here, or Triton missing for GPU tensors.
     """
     if impl is None:
-        impl = "triton" if device.type == "cuda" else "reference"
+        on_cpu = "reference" if cpp.extension is None else "cpp"
+        impl = {"cuda": "triton", "cpu": on_cpu}.get(device.type, "reference")
     if impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {list(IMPLS)}, got {impl!r}")
     status = available_impls()[impl]
@@ -58,4 +67,6 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
         raise RuntimeError(f"impl={impl!r} cannot run on {device.type} tensors: {status}")
     if impl == "triton" and device.type != "cuda" and not interpreted():
         raise RuntimeError(f"impl='triton' cannot run on {device.type} tensors: {INTERPRETER}")
+    if impl == "cpp" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpp' cannot run on {device.type} tensors: its kernels are for CPU tensors")
     return impl

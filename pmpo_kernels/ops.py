@@ -1,14 +1,14 @@
-"""The three stages as `torch.library` operators: one schema and one fake each, one overload per implementation.
+"""The stages and `solve_power` as `torch.library` operators: one schema and one fake each, an overload an implementation.
 
-`torch.ops.pmpo_kernels.token_logp.triton` and `.reference` are the same operator by different means. Lengths, strides
-and options are run-time values. `dlogits_` is `dlogits` written over the logits.
+`torch.ops.pmpo_kernels.token_logp.triton`, `.cpp` and `.reference` are the same operator by different means. Lengths,
+strides and options are run-time values. `dlogits_` is `dlogits` written over the logits.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,27 @@ SCHEMAS = {
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> Tensor",
     "dlogits_": "(Tensor(a!) logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> ()",
+    "solve_power": "(Tensor log_weights, Tensor? mask, Tensor cu_seqlens, Tensor target_ess, float power_max)"
+    " -> (Tensor power, Tensor iterations, Tensor residual)",
 }
-# impl -> (module with functions named like the stages, device keys)
+STAGES = ("token_logp", "trajectory", "dlogits", "dlogits_")
+
+
+class Implementation(NamedTuple):
+    """Operators of one implementation, the module with functions of their names, and the device keys it serves.
+
+    The compiled extension (`cpp`) registers its kernels itself, for CPU, and checks values itself.
+    """
+
+    operators: tuple[str, ...]
+    module: str | None
+    keys: tuple[str, ...]
+
+
 IMPLEMENTATIONS = {
-    "reference": ("pmpo_kernels.reference", ("CompositeExplicitAutograd",)),
-    "triton": ("pmpo_kernels.triton", ("CUDA", "CPU")),
+    "reference": Implementation((*STAGES, "solve_power"), "pmpo_kernels.reference", ("CompositeExplicitAutograd",)),
+    "triton": Implementation(STAGES, "pmpo_kernels.triton", ("CUDA", "CPU")),
+    "cpp": Implementation((*STAGES, "solve_power"), None, ()),
 }
 
 
@@ -53,16 +69,22 @@ def _dlogits_fake(logits: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
+def _solve_power_fake(log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    B = cu_seqlens.numel() - 1
+    return tuple(log_weights.new_empty(B, dtype=dtype) for dtype in (torch.float64, torch.int64, torch.float64))
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "token_logp": _token_logp_fake,
     "trajectory": _trajectory_fake,
     "dlogits": _dlogits_fake,
     "dlogits_": lambda *args: None,
+    "solve_power": _solve_power_fake,
 }
 
 
 def stage(name: str, impl: str) -> Callable[..., Any]:
-    """The operator of one stage and implementation."""
+    """The operator of one stage, or `solve_power`, and implementation."""
     return getattr(getattr(torch.ops.pmpo_kernels, name), impl)  # type: ignore[no-any-return]
 
 
@@ -73,6 +95,8 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
     if name == "trajectory":
         check_cu_seqlens(args[4], args[0].numel())
         args = (*args[:-1], TrajectoryOptions(*args[-1]))
+    if name == "solve_power":
+        check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)
     if name == "dlogits_":
         implementation.dlogits(*args, out=args[0])
@@ -82,9 +106,9 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("pmpo_kernels", "DEF")
-    for name, schema in SCHEMAS.items():
-        for impl, (module, keys) in IMPLEMENTATIONS.items():
-            library.define(f"{name}.{impl}{schema}")
+    for impl, (operators, module, keys) in IMPLEMENTATIONS.items():
+        for name in operators:
+            library.define(f"{name}.{impl}{SCHEMAS[name]}")
             for key in keys:
                 library.impl(f"{name}.{impl}", lambda *args, m=module, n=name: _run(m, n, args), key)
             torch.library.register_fake(f"pmpo_kernels::{name}.{impl}", FAKES[name], lib=library)

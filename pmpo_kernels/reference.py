@@ -4,7 +4,7 @@
     logp   --trajectory--> stats (policy loss, p, ESS, ...), dlogp, dentropy
     logits --dlogits-----> gradient of the logits
 
-Every function but `solve_power` and the two gradients is differentiable by autograd, which is how the gradients written
+Every function but `newton`, `solve_power` and the two gradients is differentiable by autograd, which is how the gradients written
 out here (and in C++ and Triton, in the same order with the same names) are tested. Values are selected before `exp`,
 never multiplied by a mask after it. The `trajectory` stage computes in float64: it costs O(tokens).
 """
@@ -189,7 +189,7 @@ def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o:
 
 
 @torch.no_grad()
-def solve_power(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -> tuple[Tensor, Tensor]:
+def newton(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -> tuple[Tensor, Tensor]:
     """p (B,) with log(n / ESS(p)) = deficit, and its Newton iterations (B,): design 2.5, in u = p^2 inside a bracket.
 
     From below the root a second Newton step, on log(deficit(power_max) - deficit(p)), is tried: that is nearly
@@ -248,7 +248,7 @@ def choose_power(
         return torch.full_like(l.mean, o.power).detach() if power is None else power.double(), None
     with torch.no_grad():
         deficit = target_deficit(l, clipped, target_ess, o)
-    return solve_power(l, deficit, o.power_min, o.power_max)[0], deficit
+    return newton(l, deficit, o.power_min, o.power_max)[0], deficit
 
 
 def trajectory(
@@ -325,6 +325,24 @@ def trajectory(
         "approx_kl": seg.sum(torch.where(valid, torch.expm1(d) - d, 0)),
     }
     return dlogp, dentropy, torch.stack([rows[name] for name in STATS])
+
+
+# --- p alone, for a given ESS ----------------------------------------------------------------------------------------
+
+
+def solve_power(
+    log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tensor, target_ess: Tensor, power_max: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p (B,) at which ESS(p) = target_ess (B,), the Newton iterations, and the residual in log(n / ESS): float64.
+
+    log_weights l = log a and mask are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1].
+    """
+    valid = torch.ones_like(log_weights, dtype=torch.bool) if mask is None else mask
+    seg = Segments(cu_seqlens, log_weights.numel())
+    l = centre(torch.where(valid, log_weights, 0).double(), valid, seg)
+    deficit = torch.log(l.tokens.clamp(min=1)) - torch.log(target_ess.double())
+    p, iterations = newton(l, deficit, 0.0, power_max)
+    return p, iterations, moments(l, p).deficit - deficit
 
 
 # --- stage 3: dlogits ------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.reference import Segments, centre, moments
-from pmpo_kernels.reference import solve_power as newton
+from pmpo_kernels.impls import resolve_impl
+from pmpo_kernels.ops import stage
 
 
 class PowerResults(NamedTuple):
@@ -28,6 +28,7 @@ def solve_power(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     power_max: float = 1.0,
+    impl: str | None = None,
     full_output: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -38,6 +39,7 @@ def solve_power(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     power_max: float = 1.0,
+    impl: str | None = None,
     full_output: Literal[True],
 ) -> tuple[Tensor, PowerResults]: ...
 def solve_power(
@@ -47,6 +49,7 @@ def solve_power(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     power_max: float = 1.0,
+    impl: str | None = None,
     full_output: bool = False,
 ) -> Tensor | tuple[Tensor, PowerResults]:
     """p in [0, power_max] at which ESS(p) = 1 / sum_t W_t(p)^2, W = softmax(p l), equals `target_ess` (arXiv 2601.22521).
@@ -59,6 +62,7 @@ def solve_power(
             do weights that are all equal.
         mask, cu_seqlens: as in `pmpo_loss`.
         power_max: upper end of the bracket, > 0.
+        impl: "cpp", "reference", or None for the faster one that is there.
         full_output: also return `PowerResults`.
 
     Returns:
@@ -66,6 +70,7 @@ def solve_power(
 
     Raises:
         TypeError, ValueError: a wrong argument; NaN or +inf in an unmasked log weight; a NaN or negative target_ess.
+        RuntimeError: the named `impl` cannot run here, with the reason; "triton" has no solver on the host.
     """
     if not isinstance(log_weights, Tensor):
         raise TypeError(f"log_weights: expected a tensor, got {type(log_weights).__name__}")
@@ -77,6 +82,9 @@ def solve_power(
     B = offsets.numel() - 1
     checks.check_tensor("target_ess", target_ess, dtypes=checks.FLOATS, device=device, shape=(B,))
     checks.check_cu_seqlens(offsets, log_weights.numel())
+    impl = resolve_impl(impl, torch.device("cpu"))
+    if impl == "triton":
+        raise RuntimeError("impl='triton' cannot run solve_power: its solver is part of its trajectory kernel")
 
     flat = log_weights.detach().reshape(-1).cpu().double()
     valid = torch.ones_like(flat, dtype=torch.bool) if mask is None else mask.reshape(-1).cpu() != 0
@@ -85,10 +93,7 @@ def solve_power(
     if bool((flat.isnan() | (flat == torch.inf)).any()):
         raise ValueError("log_weights: expected finite values or -inf where mask is true, got NaN or +inf")
     checks.check_all("target_ess", target, lambda ess: ess >= 0, "numbers >= 0")
-    l = centre(flat, valid, Segments(offsets, flat.numel()))
-    deficit = torch.log(l.tokens.clamp(min=1)) - torch.log(target)
-    p, iterations = newton(l, deficit, 0.0, power_max)
+    p, iterations, residual = stage("solve_power", impl)(flat, valid, offsets, target, power_max)
     if not full_output:
         return p.to(device)
-    residual = moments(l, p).deficit - deficit
     return p.to(device), PowerResults(iterations.to(device), residual.to(device))

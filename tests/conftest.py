@@ -20,7 +20,7 @@ def device_of(impl: str) -> str:
     return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "cpp"])
 def impl(request: pytest.FixtureRequest) -> str:
     """Every implementation that must agree with the float64 reference."""
     return str(request.param)

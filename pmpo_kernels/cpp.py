@@ -1,0 +1,27 @@
+"""The compiled kernels (csrc/): loading them registers the operators' `.cpp` overloads for CPU tensors."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch as torch  # the library that the extension is linked to
+
+NOT_BUILT = Path(__file__).with_name("cpp_not_built.txt")
+
+
+def load(name: str = "pmpo_kernels._C", note: Path = NOT_BUILT) -> tuple[ModuleType | None, str]:
+    """(the extension, "") or (None, the reason why it is not there), which the build leaves in `note`."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            return None, f"the C++ kernels cannot be loaded: {error}"
+    except ImportError as error:
+        return None, f"the C++ kernels cannot be loaded: {error}"
+    reason = note.read_text(encoding="utf-8").strip() if note.exists() else "this installation has no compiled extension"
+    return None, f"the C++ kernels are not built: {reason}"
+
+
+extension, problem = load()
