@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-import torch as torch  # the library that the extension is linked to
+import torch  # noqa: F401  the extension is linked to its libraries
 
 NOT_BUILT = Path(__file__).with_name("cpp_not_built.txt")
 
@@ -25,3 +25,5 @@ def load(name: str = "pmpo_kernels._C", note: Path = NOT_BUILT) -> tuple[ModuleT
 
 
 extension, problem = load()
+isa: str = "" if extension is None else extension.isa()
+"""The instruction set that its kernels use on this machine."""

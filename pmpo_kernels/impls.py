@@ -25,9 +25,7 @@ def _triton() -> str:
 
 
 def _cpp() -> str:
-    if cpp.extension is None:
-        return cpp.problem
-    return f"{USABLE} on CPU tensors ({cpp.extension.isa()})"
+    return cpp.problem or f"{USABLE} on CPU tensors ({cpp.isa})"
 
 
 def interpreted() -> bool:
@@ -58,7 +56,7 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
         RuntimeError: a named implementation that cannot run here, or Triton missing for GPU tensors.
     """
     if impl is None:
-        on_cpu = "reference" if cpp.extension is None else "cpp"
+        on_cpu = "reference" if cpp.problem else "cpp"
         impl = {"cuda": "triton", "cpu": on_cpu}.get(device.type, "reference")
     if impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {list(IMPLS)}, got {impl!r}")

@@ -7,7 +7,7 @@ import torch
 from conftest import device_of
 
 from pmpo_kernels import LossConfig, pmpo_loss, reference
-from pmpo_kernels.ops import SCHEMAS, stage
+from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS, stage
 from pmpo_kernels.verification import make_case
 
 
@@ -21,14 +21,23 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
         offsets = torch.arange(5, device=device) * 4
         flat = [t.flatten() for t in (logp, case.old_logp, case.mask, case.ref_logp, case.rollout_weights, entropy)]
         return flat[0], flat[1], case.advantages, flat[2], offsets, *flat[3:], None, None, list(options)
+    if name == "solve_power":
+        l = (logp - case.old_logp).double().flatten()
+        return l, case.mask.flatten(), torch.arange(5, device=device) * 4, torch.full((4,), 3.9).double(), 1.0
     g = torch.randn_like(logp)
     return case.logits, case.token_ids, case.mask, row_max, row_sum, entropy, g, None, 0.9
 
 
-@pytest.mark.parametrize("name", list(SCHEMAS))
+@pytest.mark.parametrize(("impl", "name"), [(i, name) for i in IMPLEMENTATIONS for name in IMPLEMENTATIONS[i].operators])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(name: str, impl: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(stage(name, impl), arguments(name, device_of(impl), dtype))
+
+
+def test_every_operator_has_an_implementation() -> None:
+    assert {name for i in IMPLEMENTATIONS.values() for name in i.operators} == set(SCHEMAS)
+    for name in IMPLEMENTATIONS["cpp"].operators:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pmpo_kernels::{name}.cpp", "CPU"), name
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.ops import stage
 from pmpo_kernels.reference import STATS
 from pmpo_kernels.verification import Case, oracle, three_part_error, tolerance
 
@@ -210,7 +211,7 @@ def test_rows_without_gradient_are_not_read(impl: str, device: str) -> None:
     d=st.lists(st.sampled_from([0.0, 0.3, -0.3, 5.0, -5.0, 89.0, -89.0, 400.0, -400.0, 2000.0, -2000.0]), min_size=1, max_size=6),
     advantage=st.sampled_from([1.0, -1.0, 1e-30, -1e30]),
     name=st.sampled_from(list(CONFIGURATIONS)),
-    impl=st.sampled_from(["reference", "triton"]),
+    impl=st.sampled_from(["reference", "triton", "cpp"]),
 )  # fmt: skip
 def test_a_finite_loss_has_a_finite_gradient(d: list[float], advantage: float, name: str, impl: str) -> None:
     """|d| > 88 overflows float32's exp: peers give a finite loss with a NaN gradient there."""
@@ -313,6 +314,7 @@ def test_empty_and_single_token_trajectories(impl: str, device: str) -> None:
     assert grad.shape == none.logits.shape
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])  # C++ always checks
 def test_unchecked_ids_give_nan(impl: str, device: str) -> None:
     """What a GPU does with an id out of range: NaN for that token, nothing read out of bounds."""
     module = importlib.import_module(f"pmpo_kernels.{impl}")  # below the operator's check, which the CPU always makes
@@ -324,14 +326,13 @@ def test_unchecked_ids_give_nan(impl: str, device: str) -> None:
 
 def test_a_nan_target_is_not_hidden(impl: str, device: str) -> None:
     """Unchecked (a GPU does not read it back), a NaN target_ess gives a NaN p, not one out of the blue."""
-
-    function = importlib.import_module(f"pmpo_kernels.{impl}").trajectory
+    function = stage("trajectory", impl)
     logp = torch.tensor([-1.0, -2.0, -3.0], device=device)
     old = torch.tensor([-1.1, -2.2, -2.9], device=device)
     offsets, target = torch.tensor([0, 3], device=device), torch.tensor([math.nan], device=device)
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=True)
     A = torch.ones(1, device=device)
-    stats = function(logp, old, A, None, offsets, None, None, None, None, target, options)[2]
+    stats = function(logp, old, A, None, offsets, None, None, None, None, target, list(options))[2]
     assert stats[STATS.index("power")].isnan().all()
     assert stats[STATS.index("policy_loss")].isnan().all()
 

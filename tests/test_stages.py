@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +120,4 @@ def test_stages_have_the_same_names_everywhere() -> None:
     for name in ("token_logp", "trajectory", "dlogits"):
         assert callable(getattr(reference, name))
         assert callable(getattr(importlib.import_module("pmpo_kernels.triton"), name))
+        assert (Path(__file__).parent.parent / "csrc" / f"{name}.cpp").exists()
