@@ -31,7 +31,7 @@ class BuildCpp(build_ext):
                 stale.unlink()
             package.mkdir(parents=True, exist_ok=True)
             note.write_text(self.problem + "\n", encoding="utf-8")
-            self.announce(f"pmpo_kernels: C++ kernels not built: {self.problem}", level=4)
+            self.warn(f"C++ kernels not built, the slower reference takes their place: {self.problem}")
 
     def build_extension(self, extension: Extension) -> None:
         try:
@@ -51,7 +51,9 @@ class BuildCpp(build_ext):
             raise RuntimeError(f"PyTorch cannot be imported while building ({error}); {hint}") from None
         found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
         if found < TORCH:
-            raise RuntimeError(f"expected PyTorch {TORCH[0]}.{TORCH[1]} or newer while building, got {torch.__version__}")
+            raise RuntimeError(
+                f"expected PyTorch {TORCH[0]}.{TORCH[1]} or newer while building, got {torch.__version__}"
+            )
         extension.include_dirs += cpp_extension.include_paths()
         extension.library_dirs += cpp_extension.library_paths()
 

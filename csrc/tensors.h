@@ -88,15 +88,18 @@ inline Shape check_shape(const Tensor& logits, const Tensor& token_ids) {
 }
 
 // f(row) for each of `rows` rows of V elements, on torch's threads. Rows differ in cost (those without a gradient are not
-// read), so a thread takes the next ones when it is done. Each row is computed by one thread: same bits for any number.
+// read), so a thread takes the next chunk when it is done. Chunks are large: two threads that write to one fresh page of
+// 2 MiB would both clear it. Each row is computed by one thread: same bits for any number of threads.
 template <class F>
 void parallel_rows(int64_t rows, int64_t V, const F& f) {
   constexpr int64_t few = 16384;  // elements that are not worth a thread of their own
-  const int64_t step = std::max<int64_t>(1, few / V);
+  constexpr int64_t chunks_a_thread = 8;
+  const int64_t least = std::max<int64_t>(1, few / V), threads = torch::stable::get_num_threads();
+  const int64_t chunk = std::max(least, rows / (threads * chunks_a_thread));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, rows, step, [&](int64_t, int64_t) {
-    for (int64_t start = next.fetch_add(step); start < rows; start = next.fetch_add(step))
-      for (int64_t row = start; row < std::min(rows, start + step); ++row) f(row);
+  torch::stable::parallel_for(0, rows, least, [&](int64_t, int64_t) {
+    for (int64_t start = next.fetch_add(chunk); start < rows; start = next.fetch_add(chunk))
+      for (int64_t row = start; row < std::min(rows, start + chunk); ++row) f(row);
   });
 }
 

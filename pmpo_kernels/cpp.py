@@ -20,7 +20,9 @@ def load(name: str = "pmpo_kernels._C", note: Path = NOT_BUILT) -> tuple[ModuleT
             return None, f"the C++ kernels cannot be loaded: {error}"
     except ImportError as error:
         return None, f"the C++ kernels cannot be loaded: {error}"
-    reason = note.read_text(encoding="utf-8").strip() if note.exists() else "this installation has no compiled extension"
+    reason = (
+        note.read_text(encoding="utf-8").strip() if note.exists() else "this installation has no compiled extension"
+    )
     return None, f"the C++ kernels are not built: {reason}"
 
 

@@ -93,6 +93,7 @@ def solve_power(
     if bool((flat.isnan() | (flat == torch.inf)).any()):
         raise ValueError("log_weights: expected finite values or -inf where mask is true, got NaN or +inf")
     checks.check_all("target_ess", target, lambda ess: ess >= 0, "numbers >= 0")
+    p: Tensor
     p, iterations, residual = stage("solve_power", impl)(flat, valid, offsets, target, power_max)
     if not full_output:
         return p.to(device)

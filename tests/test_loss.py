@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGURATIONS
+from conftest import CONFIGURATIONS, device_of
 from helpers import FEW, run, same_bits, small_case
 
-from pmpo_kernels import LossConfig, pmpo_loss_from_logp, token_logp
+from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.verification import make_case, oracle, three_part_error, verify
 
@@ -21,6 +21,25 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_agrees_with_float64(config: LossConfig, impl: str, device: str, dtype: torch.dtype) -> None:
     verdict = verify(make_case(dtype, T=6, V=67, device=device), config, impl)
     assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name"),
+    [(impl, name) for impl in (None, "reference", "cpp") for name in [*FEW, "gmpo", "holder_token"]]
+    + [("triton", "pmpo, all terms")],  # 10 s under the interpreter
+)
+def test_gradcheck(chosen: str | None, name: str) -> None:
+    """Autograd through the public function against finite differences, in float64; p is a constant."""
+    device, config = device_of(chosen or "cpu"), CONFIGURATIONS[name]
+    case = make_case(torch.float64, B=4, T=2, V=3, device=device)
+    rest = {"mask": case.mask, "ref_logp": case.ref_logp, "rollout_weights": case.rollout_weights, "impl": chosen}
+    given = (case.token_ids, case.old_logp, case.advantages)
+    power = pmpo_loss(case.logits, *given, config=config, **rest).power
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return pmpo_loss(z, *given, config=config, power=power, **rest).loss
+
+    assert torch.autograd.gradcheck(loss, case.logits.requires_grad_())
 
 
 @pytest.mark.parametrize("V", [1, 2, 63, 64, 65, 4096, 9003])

@@ -28,7 +28,9 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
     return case.logits, case.token_ids, case.mask, row_max, row_sum, entropy, g, None, 0.9
 
 
-@pytest.mark.parametrize(("impl", "name"), [(i, name) for i in IMPLEMENTATIONS for name in IMPLEMENTATIONS[i].operators])
+@pytest.mark.parametrize(
+    ("impl", "name"), [(i, name) for i in IMPLEMENTATIONS for name in IMPLEMENTATIONS[i].operators]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(name: str, impl: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(stage(name, impl), arguments(name, device_of(impl), dtype))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pmpo_kernels import solve_power
+import pmpo_kernels
+
+Solver = Callable[..., Any]
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def solve_power(request: pytest.FixtureRequest) -> Solver:
+    """The solver of each implementation that has one on the host."""
+    return functools.partial(pmpo_kernels.solve_power, impl=request.param)
 
 
 def log_deficit(l: Tensor, p: float) -> float:
@@ -47,7 +58,7 @@ KINDS = ["normal", "exponential tail", "cauchy", "one outlier", "two-valued"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sd", [1e-4, 0.05, 0.2, 2.0, 20.0])
 @pytest.mark.parametrize("power_max", [1.0, 4.0])
-def test_agrees_with_bisection(kind: str, sd: float, power_max: float) -> None:
+def test_agrees_with_bisection(kind: str, sd: float, power_max: float, solve_power: Solver) -> None:
     n, fractions = 300, [0.001, 0.1, 0.5, 0.9, 0.999]
     rows = torch.stack([draw(kind, sd, n, seed) for seed in range(len(fractions))])
     least = [n * math.exp(-log_deficit(l, power_max)) for l in rows]
@@ -65,6 +76,7 @@ def test_agrees_with_bisection(kind: str, sd: float, power_max: float) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
+    impl=st.sampled_from(["reference", "cpp"]),
     kind=st.sampled_from(KINDS),
     sd=st.floats(1e-5, 1e3),
     n=st.integers(2, 2000),
@@ -73,13 +85,13 @@ def test_agrees_with_bisection(kind: str, sd: float, power_max: float) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_never_more_than_20_iterations(
-    kind: str, sd: float, n: int, fraction: float, power_max: float, seed: int
+    impl: str, kind: str, sd: float, n: int, fraction: float, power_max: float, seed: int
 ) -> None:
     l = draw(kind, sd, n, seed)
     least = n * math.exp(-log_deficit(l, power_max))
     target = least + fraction * (n - least)
-    power, info = solve_power(
-        l[None], torch.tensor([target], dtype=torch.float64), power_max=power_max, full_output=True
+    power, info = pmpo_kernels.solve_power(
+        l[None], torch.tensor([target], dtype=torch.float64), power_max=power_max, impl=impl, full_output=True
     )
     assert 0.0 <= float(power) <= power_max
     assert int(info.iterations) <= 20
@@ -88,7 +100,7 @@ def test_never_more_than_20_iterations(
         assert abs(float(info.residual)) <= 1e-9 + n * torch.finfo(torch.float64).eps
 
 
-def test_relative_precision_for_tiny_spread() -> None:
+def test_relative_precision_for_tiny_spread(solve_power: Solver) -> None:
     """log(n / ESS) ~ p^2 Var: at sd 1e-4 it is 1e-8, and p still has its digits."""
     l = draw("normal", 1e-4, 1000, 0)
     variance = float(l.var(correction=0))
@@ -98,19 +110,19 @@ def test_relative_precision_for_tiny_spread() -> None:
     assert float(solve_power(l[None], target)) == pytest.approx(0.5, rel=bound)
 
 
-def test_constant_and_single_token_give_power_max() -> None:
+def test_constant_and_single_token_give_power_max(solve_power: Solver) -> None:
     assert solve_power(torch.full((2, 5), 0.7), torch.tensor([5.0, 2.0]), power_max=1.5).tolist() == [1.5, 1.5]
     assert solve_power(torch.tensor([[0.3]]), torch.tensor([1.0])).tolist() == [1.0]
 
 
-def test_targets_out_of_reach_give_the_nearest_end() -> None:
+def test_targets_out_of_reach_give_the_nearest_end(solve_power: Solver) -> None:
     l = draw("normal", 0.3, 50, 1).expand(3, 50)
     power, info = solve_power(l, torch.tensor([50.0, 60.0, 1.0]), full_output=True)
     assert power.tolist() == [0.0, 0.0, 1.0]
     assert info.iterations.tolist() == [0, 0, 0]
 
 
-def test_zero_weights_count_as_tokens_without_weight() -> None:
+def test_zero_weights_count_as_tokens_without_weight(solve_power: Solver) -> None:
     """l = 0, log 3, -inf: at p, ESS = (1 + 3^p)^2 / (1 + 9^p), 1.6 at p = 1; it can never exceed 2 of the 3 tokens."""
     l = torch.tensor([[0.0, math.log(3.0), -math.inf]], dtype=torch.float64)
     assert float(solve_power(l, torch.tensor([1.6], dtype=torch.float64), power_max=2.0)) == pytest.approx(
@@ -119,7 +131,7 @@ def test_zero_weights_count_as_tokens_without_weight() -> None:
     assert float(solve_power(l, torch.tensor([2.5], dtype=torch.float64))) == 0.0
 
 
-def test_mask_and_packing_change_no_bit() -> None:
+def test_mask_and_packing_change_no_bit(solve_power: Solver) -> None:
     rows = [draw("normal", 0.3, n, n) for n in (5, 9, 2)]
     target = torch.tensor([4.95, 8.9, 1.99], dtype=torch.float64)
     packed = solve_power(torch.cat(rows), target, cu_seqlens=torch.tensor([0, 5, 14, 16]))
@@ -129,7 +141,7 @@ def test_mask_and_packing_change_no_bit() -> None:
     assert torch.equal(packed, solve_power(padded, target, mask=mask))
 
 
-def test_bad_calls() -> None:
+def test_bad_calls(solve_power: Solver) -> None:
     l = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"target_ess: expected shape \(2,\), got \(3,\)"):
         solve_power(l, torch.ones(3))
@@ -140,4 +152,14 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="target_ess: expected numbers >= 0, got nan"):
         solve_power(l, torch.full((2,), torch.nan))
     with pytest.raises(TypeError, match="log_weights: expected a tensor, got list"):
-        solve_power([0.0], torch.ones(1))  # type: ignore[call-overload]
+        solve_power([0.0], torch.ones(1))
+
+
+def test_default_and_triton() -> None:
+    """None takes C++ where it is built; Triton has its solver on the GPU only."""
+    rows, target = torch.stack([draw("normal", 0.3, 50, 1)]), torch.tensor([49.0], dtype=torch.float64)
+    default, fast, twin = (pmpo_kernels.solve_power(rows, target, impl=impl) for impl in (None, "cpp", "reference"))
+    assert torch.equal(default, fast)
+    assert torch.allclose(fast, twin, rtol=1e-6)  # p^2 Var carries the solver's 1e-10
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run solve_power"):
+        pmpo_kernels.solve_power(rows, target, impl="triton")
