@@ -240,7 +240,7 @@ def test_build(missing: str, tmp_path: Path) -> None:
     )
     # -S: an editable installation would answer for the package's modules wherever it is imported from
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(built), sysconfig.get_path("purelib")]))
-    used = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
+    used = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert used.returncode == 0, used.stderr
     assert used.stdout.startswith("the C++ kernels are not built: ")
     assert expected in used.stdout
