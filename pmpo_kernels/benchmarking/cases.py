@@ -59,6 +59,11 @@ class Case:
         return self.batch * self.tokens * self.vocab * (4 if self.dtype is Dtype.float32 else 2)
 
     @property
+    def name(self) -> str:
+        """Short and usable in a file name."""
+        return f"v{self.vocab}-{self.dtype.value}"
+
+    @property
     def needed_bytes(self) -> int:
         """Rough need of the widest variant: 14 float32 tensors of the logits' shape (10 measured, two copies kept)."""
         return 14 * 4 * self.batch * self.tokens * self.vocab
@@ -143,6 +148,7 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
     """The baselines and each implementation that can be timed on `device`; and for the others the reason why not."""
     chosen, skipped = [EAGER, COMPILED], {}
     status = available_impls()
+    fused = "triton" if device == "cuda" else "cpp"
     for impl in IMPLS:
         if not status[impl].startswith(USABLE):
             skipped[impl] = status[impl]
@@ -150,6 +156,8 @@ def variants(device: str) -> tuple[list[Variant], dict[str, str]]:
             skipped[impl] = "Triton's interpreter runs the kernels in Python: its times say nothing about their speed"
         elif impl == "cpp" and device == "cuda":
             skipped[impl] = "runs on CPU tensors only"
+        elif impl == "reference" and status[fused].startswith(USABLE):
+            skipped[impl] = "the specification, not built for speed"
         else:
             chosen += [
                 Variant(f"{impl}, in place" if inplace else impl, "fused", impl, inplace) for inplace in (False, True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pmpo_kernels.benchmarking import accuracy
+from pmpo_kernels.benchmarking.allocator import Allocator, allocators, using
 from pmpo_kernels.benchmarking.cases import COMPILED, EAGER, Case, LossFunction, Variant, loss_function
 from pmpo_kernels.benchmarking.measure import Bench, Times, peak_memory, rounds
 
@@ -32,6 +33,30 @@ class Spread:
 
 
 @dataclass
+class Timing:
+    """One variant with one allocator setting; `speedup` over eager by medians of forward + backward, `page_faults` the
+    median of a forward and backward."""
+
+    forward: Spread
+    backward: Spread
+    both: Spread
+    page_faults: float | None
+    samples: list[Times]
+    speedup: float | None = None
+
+    @classmethod
+    def of(cls, samples: list[Times]) -> Timing:
+        faults = [t.page_faults for t in samples if t.page_faults is not None]
+        return cls(
+            Spread.of([t.forward for t in samples]),
+            Spread.of([t.backward for t in samples]),
+            Spread.of([t.forward + t.backward for t in samples]),
+            statistics.median(faults) if faults else None,
+            samples,
+        )
+
+
+@dataclass
 class Row:
     """One variant's results; without `problem` it is correct and timed, with one it has no times."""
 
@@ -44,11 +69,7 @@ class Row:
     wrong: bool = False
     problem: str | None = None
     peak_bytes: int | None = None
-    forward: Spread | None = None
-    backward: Spread | None = None
-    both: Spread | None = None
-    speedup: float | None = None
-    samples: list[Times] = field(default_factory=list)
+    timings: dict[Allocator, Timing] = field(default_factory=dict)
 
 
 def check(row: Row, bench: Bench, f: LossFunction, case: Case, eager_error: float | None) -> None:
@@ -72,8 +93,11 @@ def check(row: Row, bench: Bench, f: LossFunction, case: Case, eager_error: floa
         row.problem = "wrong result: error above its bound, not timed"
 
 
-def compare(case: Case, bench: Bench, chosen: list[Variant], repeats: int, advance: Callable[[str], None]) -> list[Row]:
-    """Rows in the order of `chosen`; `advance(what)` is called before each of `steps(...)` steps."""
+def compare(
+    case: Case, bench: Bench, chosen: list[Variant], repeats: int, advance: Callable[[str], None]
+) -> tuple[list[Row], dict[str, Spread]]:
+    """(rows in the order of `chosen`, ms of one read and one copy of the logits); `advance(what)` is called before each
+    of `steps(...)` steps."""
     rows, functions = [], {}
     eager_error: float | None = None
     for variant in chosen:
@@ -94,31 +118,32 @@ def compare(case: Case, bench: Bench, chosen: list[Variant], repeats: int, advan
         if not row.problem:
             row.peak_bytes = peak_memory(case, variant, bench)
 
-    samples: dict[str, list[Times]] = {name: [] for name in functions}
-    if functions:
-        for _ in rounds(bench, functions, WARMUP_ROUNDS):
-            pass
-        for name, times in rounds(bench, functions, repeats):
-            advance("timing")
-            samples[name].append(times)
-    summarise(rows, samples)
-    return rows
+    floor: dict[str, list[float]] = {"read": [], "copy": []}
+    for allocator in allocators(case.device):
+        samples: dict[str, list[Times]] = {name: [] for name in functions}
+        with using(allocator):
+            for _ in rounds(bench, functions, WARMUP_ROUNDS):
+                pass
+            for name, times in rounds(bench, functions, repeats):
+                advance(f"timing, {allocator.value} allocator")
+                samples[name].append(times)
+                for what, ms in bench.floor().items():
+                    floor[what].append(ms)
+        summarise(rows, allocator, samples)
+    return rows, {what: Spread.of(values) for what, values in floor.items() if values}
 
 
-def steps(chosen: list[Variant], repeats: int) -> int:
+def steps(case: Case, chosen: list[Variant], repeats: int) -> int:
     """How often `compare` calls `advance` at most."""
-    return len(chosen) * (2 + repeats)
+    return len(chosen) * (2 + repeats * len(allocators(case.device)))
 
 
-def summarise(rows: list[Row], samples: dict[str, list[Times]]) -> None:
-    """Spread of each timed row, and its speed-up over eager by medians of forward + backward."""
+def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:
+    """Add the timing of each timed row with this allocator."""
+    timings = {name: Timing.of(times) for name, times in samples.items()}
+    eager = timings.get(EAGER.name)
     for row in rows:
-        if row.name in samples:
-            row.samples = samples[row.name]
-            row.forward = Spread.of([t.forward for t in row.samples])
-            row.backward = Spread.of([t.backward for t in row.samples])
-            row.both = Spread.of([t.forward + t.backward for t in row.samples])
-    eager = next((row.both for row in rows if row.name == EAGER.name), None)
-    for row in rows:
-        if eager and row.both:
-            row.speedup = eager.median / row.both.median
+        if row.name in timings:
+            row.timings[allocator] = timings[row.name]
+            if eager:
+                timings[row.name].speedup = eager.both.median / timings[row.name].both.median

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import re
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pmpo_kernels.benchmarking.allocator import map_every_large_tensor, page_faults
 from pmpo_kernels.benchmarking.cases import Case, Inputs, LossFunction, Variant, build_inputs, loss_function
 
 MEMORY_METHOD = {
@@ -27,10 +27,11 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Times(NamedTuple):
-    """Milliseconds of one forward and the backward that follows it."""
+    """Milliseconds of one forward and the backward that follows it, and the page faults of both."""
 
     forward: float
     backward: float
+    page_faults: int | None
 
 
 class Bench:
@@ -55,14 +56,28 @@ class Bench:
         """One forward and backward, timed apart."""
         logits = self.restore()
         mark, milliseconds = _clock(logits.is_cuda)
+        faults = page_faults()
         mark()
         loss = f(logits, self.inputs)
         mark()
         gradient = torch.autograd.grad(loss, logits)
         mark()
         forward, backward = milliseconds()
+        after = page_faults()
         del gradient
-        return Times(forward, backward)
+        return Times(forward, backward, None if faults is None or after is None else after - faults)
+
+    def floor(self) -> dict[str, float]:
+        """Milliseconds of one read of the logits and of one copy into memory that is there already."""
+        source, target = self.inputs.logits, self.logits.detach()
+        words = source.flatten().view(torch.int32 if source.numel() % 2 == 0 else source.dtype)
+        mark, milliseconds = _clock(source.is_cuda)
+        mark()
+        words.amax()
+        mark()
+        target.copy_(source)
+        mark()
+        return dict(zip(("read", "copy"), milliseconds(), strict=True))
 
 
 def _clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
@@ -121,10 +136,7 @@ def _resident(field: str) -> int:
 
 
 def _peak_resident(case: Case, variant: Variant, threads: int) -> int:
-    # Every large tensor its own mapping, so that freeing it lowers the resident set (M_MMAP_THRESHOLD of glibc).
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**18)
+    map_every_large_tensor()
     torch.set_num_threads(threads)
     bench, f = Bench(build_inputs(case)), loss_function(variant, case.config)
     for _ in range(2):

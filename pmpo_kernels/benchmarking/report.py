@@ -21,13 +21,15 @@ P_NOTE = "p is given to eager PyTorch and torch.compile (solved beforehand, not 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished comparison. `zero_rows`: fraction of rows whose gradient is 0 (padding, advantage 0)."""
+    """A finished comparison. `zero_rows`: fraction of rows whose gradient is 0 (padding, advantage 0); `floor`: ms of one
+    read and one copy of the logits."""
 
     case: Case
     repeats: int
     zero_rows: float
     rows: list[Row]
     skipped: dict[str, str]
+    floor: dict[str, Spread]
 
     @property
     def title(self) -> str:
@@ -36,22 +38,35 @@ class Report:
 
 
 def speed_table(report: Report) -> Table:
-    """One line a variant; one with a problem shows the problem in place of times."""
+    """A section an allocator setting, a line a variant; one with a problem shows the problem in place of times."""
     solved = f" {P_NOTE}." if report.case.config.power == "ess" else ""
+    floor = ", ".join(f"one {what} of the logits {spread.median:.3g}" for what, spread in report.floor.items())
     caption = (
-        f"ms: median (quartiles) of {report.repeats} interleaved rounds.{solved} {report.zero_rows:.0%} of the rows "
-        "are padding or have advantage 0."
+        f"ms: median (quartiles) of {report.repeats} interleaved rounds; {floor}.{solved} {report.zero_rows:.0%} of the "
+        "rows are padding or have advantage 0."
     )
+    allocators = list(dict.fromkeys(a for row in report.rows for a in row.timings))
+    if len(allocators) > 1:
+        caption += (
+            " Allocator: default, each large tensor is fresh memory and its pages are cleared on first use (faults); "
+            "reuse, freed memory is kept and taken again."
+        )
     out = Table(title=report.title, caption=caption, caption_justify="left")
+    out.add_column("allocator")
     out.add_column("variant")
-    for name in ("forward ms", "backward ms", "both ms", "vs eager"):
+    for name in ("forward ms", "backward ms", "both ms", "vs eager", "page faults"):
         out.add_column(name, justify="right")
+    for allocator in allocators:
+        out.add_section()
+        for row in report.rows:
+            if allocator in row.timings:
+                t = row.timings[allocator]
+                speedup = "-" if t.speedup is None else f"{t.speedup:.2f}x"
+                faults = "-" if t.page_faults is None else f"{t.page_faults:,.0f}"
+                out.add_row(allocator.value, row.name, _ms(t.forward), _ms(t.backward), _ms(t.both), speedup, faults)
     for row in report.rows:
         if row.problem:
-            out.add_row(row.name, Text(row.problem, style="bold red" if row.wrong else "yellow"))
-        else:
-            speedup = "-" if row.speedup is None else f"{row.speedup:.2f}x"
-            out.add_row(row.name, _ms(row.forward), _ms(row.backward), _ms(row.both), speedup)
+            out.add_row("", row.name, Text(row.problem, style="bold red" if row.wrong else "yellow"))
     return out
 
 
@@ -73,8 +88,8 @@ def accuracy_table(report: Report) -> Table:
     return out
 
 
-def _ms(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.median:.3g} ({spread.q1:.3g}-{spread.q3:.3g})"
+def _ms(spread: Spread) -> str:
+    return f"{spread.median:.3g} ({spread.q1:.3g}-{spread.q3:.3g})"
 
 
 def _error(value: float | None, bound: float | None) -> Text:
@@ -87,8 +102,11 @@ def write_json(report: Report, path: Path) -> None:
     """All figures with what they depend on."""
     rows: list[dict[str, Any]] = []
     for row in report.rows:
-        samples = [{"forward": t.forward, "backward": t.backward} for t in row.samples]
-        rows.append({**asdict(row), "samples": samples})
+        timings = {
+            allocator.value: {**asdict(timing), "samples": [t._asdict() for t in timing.samples]}
+            for allocator, timing in row.timings.items()
+        }
+        rows.append({**asdict(row), "timings": timings})
     content = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -104,6 +122,7 @@ def write_json(report: Report, path: Path) -> None:
             "adaptive_p": P_NOTE,
             "zero_rows": report.zero_rows,
         },
+        "floor": {what: asdict(spread) for what, spread in report.floor.items()},
         "results": rows,
         "skipped": report.skipped,
     }
