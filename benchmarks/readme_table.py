@@ -1,7 +1,7 @@
-"""Write the README's results block from the JSON files of `pmpo-kernels bench` under benchmarks/results/.
+"""Write the measured figures into README.md and docs/performance.md, from the JSON files under benchmarks/results/.
 
-python benchmarks/readme_table.py          renews README.md
-python benchmarks/readme_table.py --check  exits 1 if README.md does not say what the files say
+python benchmarks/readme_table.py          renews the blocks between the markers
+python benchmarks/readme_table.py --check  exits 1 if a block does not say what the files say
 """
 
 from __future__ import annotations
@@ -13,60 +13,160 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
+Content = dict[str, Any]
 
 
-def section(path: Path) -> str:
-    """One Markdown table: a line a variant, medians in ms, and what it was measured on."""
-    content: dict[str, Any] = json.loads(path.read_text())
-    case, devices, versions = content["case"], content["devices"], content["versions"]
-    on_gpu = case["device"] != "cpu"
-    machine = devices["cuda"] if on_gpu else f"{devices['cpu']}, {devices['threads']} threads"
-    shape = f"({case['batch']}, {case['tokens']}, {case['vocab']:,})"
-    lines = [
-        f"{case['preset']}, logits {shape} {case['dtype']}, {machine}, torch {versions['torch']},"
-        f" triton {versions['triton']}, {content['date'][:10]} ([figures]({path.relative_to(ROOT).as_posix()})):",
-        "",
-        "| | forward ms | backward ms | both ms | against eager | memory beyond inputs | gradient error |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in content["results"]:
-        if row["problem"]:
-            lines.append(f"| {row['name']} | {row['problem']} | | | | | |")
-            continue
-        times = [f"{row[part]['median']:.3g}" for part in ("forward", "backward", "both")]
-        memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
-        speed = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-        lines.append(f"| {row['name']} | {' | '.join(times)} | {speed} | {memory} | {row['gradient_error']:.1e} |")
-    return "\n".join(lines)
+def load(pattern: str) -> dict[Path, Content]:
+    """Results by file, folder by folder, larger logits first."""
+    found = {path: json.loads(path.read_text()) for path in RESULTS.rglob(pattern)}
+    return dict(
+        sorted(found.items(), key=lambda item: (item[0].parent, -item[1].get("case", {}).get("logits_bytes", 0)))
+    )
 
 
-def block() -> str:
+def ms(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def machine(content: Content, device: str) -> str:
+    """What the figures were measured on, in words."""
+    devices, versions = content["devices"], content["versions"]
+    name = f"{devices['cpu']}, {devices['threads']} threads" if device == "cpu" else devices["cuda:0"]
+    return f"{name}, torch {versions['torch']}, triton {versions['triton']}, {content['date'][:10]}"
+
+
+def comparison(files: dict[Path, Content]) -> list[str]:
+    """One table for the cases of one machine: a line a case and variant."""
+    first = next(iter(files.values()))
+    device = first["case"]["device"]
+    allocators = list(dict.fromkeys(a for c in files.values() for row in c["results"] for a in row["timings"]))
+    header = ["logits", "variant"]
+    for allocator in allocators:
+        suffix = {"default": "", "reuse": ", memory reused"}[allocator] if len(allocators) > 1 else ""
+        header += [f"forward + backward ms{suffix}", "against eager"]
+    header += ["page faults", "memory beyond inputs", "gradient error"] if device == "cpu" else ["memory", "error"]
+    rows = []
+    for path, content in files.items():
+        case = content["case"]
+        shape = f"({case['batch']}, {case['tokens']}, {case['vocab']:,}) {case['dtype']}"
+        for i, row in enumerate(content["results"]):
+            cells = [f"[{shape}]({path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
+            if row["problem"]:
+                rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
+                continue
+            for allocator in allocators:
+                timing = row["timings"][allocator]
+                parts = " + ".join(ms(timing[part]["median"]) for part in ("forward", "backward"))
+                speed = "-" if timing["speedup"] is None else f"{timing['speedup']:.1f}x"
+                cells += [f"{parts} = {ms(timing['both']['median'])}", speed]
+            faults = row["timings"][allocators[0]]["page_faults"]
+            memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+            cells += [f"{faults:,.0f}"] if device == "cpu" else []
+            rows.append([*cells, memory, f"{row['gradient_error']:.1e}"])
+    presets = ", ".join(dict.fromkeys(c["case"]["preset"] for c in files.values()))
+    return [f"{presets}, {machine(first, device)}:", "", *table(header, rows)]
+
+
+def readme() -> str:
     """Everything between the two markers of the README."""
-    files = sorted((ROOT / "benchmarks" / "results").rglob("bench*.json"))
-    if any(json.loads(path.read_text())["case"]["device"] != "cpu" for path in files):
-        parts = []
-    else:
-        parts = [
+    files = load("bench-*.json")
+    parts = []
+    if not any(content["case"]["device"] != "cpu" for content in files.values()):
+        parts.append(
             "Nothing has been measured on a GPU yet: [benchmarks/results/PENDING.md](benchmarks/results/PENDING.md)"
-            " lists what is missing, and `pmpo-kernels bench` measures it on your machine. On a CPU there are no fused"
-            " kernels in this version: the default there is the reference, which is the specification and is slower"
-            " than plain eager PyTorch."
+            " lists what is missing, and `pmpo-kernels bench` measures it on your machine. On a CPU, medians:"
+        )
+    for folder in dict.fromkeys(path.parent for path in files):
+        mine = {path: content for path, content in files.items() if path.parent == folder}
+        parts.append("\n".join(comparison(mine)))
+    return "\n\n".join([START, *parts, END])
+
+
+def stages(content: Content) -> str:
+    """One machine's stages against its floor."""
+    B, T, V = content["shape"]
+    rows = []
+    for kind, found in content["dtypes"].items():
+        one, all_threads = (
+            found["threads"][n] for n in (min(found["threads"], key=int), max(found["threads"], key=int))
+        )
+        size = found["logits_bytes"]
+        for name, units in (
+            ("read", 1),
+            ("copy", 2),
+            ("token_logp", 1),
+            ("dlogits, in place", 2),
+            ("dlogits with entropy, in place", 2),
+            ("dlogits", 2),
+        ):
+            cached = found["cached_ns_an_element"][name]
+            together, alone = all_threads[name]["median"], one[name]["median"]
+            bandwidth = f"{units * size / together / 1e6:.1f}"
+            in_cache = "" if name in ("read", "copy") else f"{cached:.2f}"
+            rows.append([kind, name, ms(alone), ms(together), f"{alone / together:.2f}x", bandwidth, in_cache])
+        ours = [sum(times[s]["median"] for s in ("token_logp", "dlogits, in place")) for times in (one, all_threads)]
+        rows.append([kind, "both stages, in place", *map(ms, ours), f"{ours[0] / ours[1]:.2f}x", "", ""])
+    n = max(next(iter(content["dtypes"].values()))["threads"], key=int)
+    header = [
+        "dtype",
+        "",
+        "ms, 1 thread",
+        f"ms, {n} threads",
+        "scaling",
+        f"GB/s, {n} threads",
+        "ns an element, in cache",
+    ]
+    fresh = [
+        [kind, name, ms(found["fresh"][name]["median"]), f"{found['fresh'][name]['page_faults']:,}"]
+        for kind, found in content["dtypes"].items()
+        for name in ("clone", "dlogits")
+    ]
+    share = content["trajectory"]
+    _, long_T, long_V = share["shape"]
+    percent = 100 * share["trajectory"]["median"] / share["step"]["median"]
+    return "\n".join(
+        [
+            f"Logits ({B}, {T}, {V:,}), {machine(content, 'cpu')}, medians of {content['repeats']}, memory reused:",
+            "",
+            *table(header, rows),
+            "",
+            "Into fresh memory, default allocator:",
+            "",
+            *table(["dtype", "", "ms", "page faults"], fresh),
+            "",
+            f"The trajectory stage with p solved, one trajectory of {long_T:,} tokens: {share['trajectory']['median']:.2f} ms,"
+            f" {percent:.2f} % of its step in float32 at V = {long_V:,} in place ({share['step']['median']:.0f} ms).",
         ]
-    return "\n\n".join([START, *parts, *(section(path) for path in files), END])
+    )
+
+
+def performance() -> str:
+    """Everything between the two markers of docs/performance.md."""
+    files = load("stages.json")
+    parts = [
+        f"{stages(c)}\n\n![Stages and floors](../{p.with_suffix('.png').relative_to(ROOT).as_posix()})"
+        for p, c in files.items()
+    ]
+    return "\n\n".join([START, *parts, END])
 
 
 def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> None:
-    """Renew the block in README.md, or with --check compare it."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    renewed = text[: text.index(START)] + block() + text[text.index(END) + len(END) :]
-    if check and renewed != text:
-        typer.echo(
-            "README.md: its results differ from benchmarks/results/; run python benchmarks/readme_table.py", err=True
-        )
-        raise typer.Exit(1)
-    readme.write_text(renewed)
+    """Renew the blocks, or with --check compare them."""
+    for path, block in ((ROOT / "README.md", readme()), (ROOT / "docs" / "performance.md", performance())):
+        text = path.read_text()
+        renewed = text[: text.index(START)] + block + text[text.index(END) + len(END) :]
+        if check and renewed != text:
+            name = path.relative_to(ROOT)
+            typer.echo(f"{name}: differs from benchmarks/results/; run python benchmarks/readme_table.py", err=True)
+            raise typer.Exit(1)
+        path.write_text(renewed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""Each stage of the C++ kernels against the floor of this machine: bytes moved, and arithmetic on data in the cache.
+
+python benchmarks/stages.py --out benchmarks/results/<machine>
+
+Writes stages.json and stages.png; `benchmarks/readme_table.py` puts the figures into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pmpo_kernels import LossConfig, pmpo_loss
+from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
+from pmpo_kernels.benchmarking.cases import Case, Dtype, build_inputs
+from pmpo_kernels.benchmarking.comparison import Spread
+from pmpo_kernels.benchmarking.machine import commit, devices, versions
+from pmpo_kernels.ops import stage
+
+CACHED = (1, 8, 16384)  # logits (B, T, V) that stay in the second-level cache
+LONG = (1, 4096, 49152)  # one long trajectory: where the trajectory stage weighs most
+READ, COPY = "read", "copy"
+Functions = dict[str, Callable[[], object]]
+
+
+def median_times(functions: Functions, repeats: int, before: Callable[[], object] = lambda: None) -> dict[str, Spread]:
+    """Milliseconds of each function, interleaved; `before` is not timed."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for r in range(repeats + 2):  # two rounds to warm up
+        for name, f in functions.items():
+            before()
+            start = time.perf_counter()
+            f()
+            if r >= 2:
+                samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def stage_functions(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[Functions, Callable[[], object]]:
+    """What is timed on these logits, and what restores the copy that `dlogits` in place has overwritten."""
+    work, ids = logits.clone(), token_ids
+    _, row_max, row_sum, entropy = stage("token_logp", "cpp")(logits, ids, None, 1.0)
+    saved = (ids, None, row_max, row_sum, entropy)
+    g = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0)).to(row_max.dtype)
+    words = logits.flatten().view(torch.int32)
+    functions: Functions = {
+        READ: words.amax,
+        COPY: lambda: work.copy_(logits),
+        "token_logp": lambda: stage("token_logp", "cpp")(work, ids, None, 1.0),
+        "dlogits, in place": lambda: stage("dlogits_", "cpp")(work, *saved, g, None, 1.0),
+        "dlogits": lambda: stage("dlogits", "cpp")(work, *saved, g, None, 1.0),
+        "dlogits with entropy, in place": lambda: stage("dlogits_", "cpp")(work, *saved, g, g, 1.0),
+    }
+    return functions, lambda: work.copy_(logits)
+
+
+def fresh_memory(logits: torch.Tensor, token_ids: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """`dlogits` into fresh memory with the default allocator, and a plain copy into it: ms and page faults."""
+    functions, _ = stage_functions(logits, token_ids)
+    out: dict[str, Any] = {}
+    chosen = {"dlogits": functions["dlogits"], "clone": logits.clone}
+    times = median_times(chosen, repeats)
+    for name, f in chosen.items():
+        before = page_faults() or 0
+        f()
+        out[name] = {**asdict(times[name]), "page_faults": (page_faults() or 0) - before}
+    return out
+
+
+def trajectory_share(repeats: int) -> dict[str, Any]:
+    """The trajectory stage with p solved, and the whole step that it is part of, float32 in place."""
+    B, T, V = LONG
+    i = build_inputs(Case(vocab=V, batch=B, tokens=T))
+    config = LossConfig.pmpo(full_clip_fraction=0.5)
+    logits = i.logits.clone().requires_grad_()
+    logp, _, _, entropy = stage("token_logp", "cpp")(i.logits, i.token_ids, i.mask, 1.0)
+    options = list(config.trajectory_options(has_power=False, has_target_ess=False))
+    args = (logp.flatten(), i.old_logp.flatten(), i.advantages, i.mask.flatten(), torch.tensor([0, T]))
+    power: list[float] = []
+
+    def step() -> None:
+        out = pmpo_loss(logits, i.token_ids, i.old_logp, i.advantages, mask=i.mask, config=config, inplace=True)
+        torch.autograd.grad(out.loss, logits)
+        power.append(float(out.power))
+
+    functions: Functions = {
+        "trajectory": lambda: stage("trajectory", "cpp")(*args, None, None, entropy.flatten(), None, None, options),
+        "step": step,
+    }
+    times = median_times(functions, repeats, lambda: logits.detach().copy_(i.logits))
+    assert 0 < power[-1] < 1, power
+    return {"shape": LONG, "power": power[-1]} | {name: asdict(spread) for name, spread in times.items()}
+
+
+def measure(case: Case, repeats: int, advance: Callable[[str], None]) -> dict[str, Any]:
+    """One dtype: stages with one thread and with all, on large and on cached logits."""
+    threads = torch.get_num_threads()
+    inputs = build_inputs(case)
+    cached = build_inputs(Case(batch=CACHED[0], tokens=CACHED[1], vocab=CACHED[2], dtype=case.dtype))
+    out: dict[str, Any] = {"logits_bytes": case.logits_bytes, "threads": {}}
+    with using(Allocator.reuse):
+        for n in sorted({1, threads}):
+            advance(f"{case.name}, {n} threads")
+            torch.set_num_threads(n)
+            functions, restore = stage_functions(inputs.logits, inputs.token_ids)
+            times = median_times(functions, repeats, restore)
+            out["threads"][str(n)] = {name: asdict(spread) for name, spread in times.items()}
+        torch.set_num_threads(1)
+        functions, restore = stage_functions(cached.logits, cached.token_ids)
+        elements = cached.logits.numel()
+        times = median_times(functions, 40 * repeats, restore)
+        out["cached_ns_an_element"] = {name: 1e6 * spread.median / elements for name, spread in times.items()}
+    torch.set_num_threads(threads)
+    advance(f"{case.name}, fresh memory")
+    out["fresh"] = fresh_memory(inputs.logits, inputs.token_ids, repeats)
+    return out
+
+
+def figure(content: dict[str, Any], path: Path) -> None:
+    """Time of each stage beside the floor that it cannot beat, all threads."""
+    kinds = content["dtypes"]
+    names = ["token_logp", "dlogits, in place", "dlogits with entropy, in place", "dlogits"]
+    fig, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 2.6), sharey=True, layout="constrained")
+    for ax, (kind, found) in zip(axes, kinds.items(), strict=True):
+        times = found["threads"][max(found["threads"], key=int)]
+        bars = ax.barh(names, [times[name]["median"] for name in names], 0.6)
+        ax.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        for line, floor in ((":", READ), ("--", COPY)):
+            ax.axvline(times[floor]["median"], color="black", linestyle=line, linewidth=1, label=f"one {floor}")
+        ax.set_xlabel(f"ms, {kind}, {max(found['threads'], key=int)} threads")
+        ax.margins(x=0.15)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    axes[0].invert_yaxis()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for stages.json and stages.png.")],
+    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary size V.")] = 151936,
+    batch: Annotated[int, typer.Option(min=1, help="Trajectories B.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens T a trajectory.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 15,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results in --out.")] = False,
+) -> None:
+    """Time the stages of the C++ kernels, float32 and bfloat16, with one thread and with all."""
+    files = {kind: out / f"stages.{kind}" for kind in ("json", "png")}
+    if not overwrite and any(path.exists() for path in files.values()):
+        raise typer.BadParameter(
+            "expected a folder without results; give --overwrite to replace them", param_hint="--out"
+        )
+    console = Console()
+    cases = [Case(vocab=vocab, batch=batch, tokens=tokens, dtype=kind) for kind in Dtype]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("building inputs", total=len(cases) * (len({1, torch.get_num_threads()}) + 1) + 1)
+
+        def advance(what: str) -> None:
+            progress.update(task, description=what, advance=1, refresh=True)
+
+        kinds = {case.dtype.value: measure(case, repeats, advance) for case in cases}
+        advance("trajectory")
+        share = trajectory_share(repeats)
+    content = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "devices": devices(),
+        "shape": [batch, tokens, vocab],
+        "cached_shape": CACHED,
+        "repeats": repeats,
+        "unit": "ms",
+        "dtypes": kinds,
+        "trajectory": share,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    files["json"].write_text(json.dumps(content, indent=2) + "\n")
+    figure(content, files["png"])
+    table = Table(title=f"logits ({batch}, {tokens}, {vocab})")
+    for column in ("dtype", "threads", *next(iter(kinds["float32"]["threads"].values()))):
+        table.add_column(column)
+    for kind, found in kinds.items():
+        for n, times in found["threads"].items():
+            table.add_row(kind, n, *(f"{t['median']:.1f}" for t in times.values()))
+    console.print(table)
+    percent = share["trajectory"]["median"] / share["step"]["median"]
+    console.print(f"trajectory stage, {LONG[1]} tokens, V = {LONG[2]}: {percent:.2%} of the step")
+    console.print(f"Written: {files['json']}, {files['png']}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
