@@ -8,6 +8,13 @@
 
 #define PMPO_INLINE inline __attribute__((always_inline))
 
+// Before a loop whose iterations are independent, also where input and output are the same array.
+#if defined(__clang__)
+#define PMPO_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define PMPO_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define PMPO_X86_CLONES 1
 #define PMPO_AVX2 "avx2,fma"

@@ -143,6 +143,7 @@ PMPO_INLINE void gradient_row(
     T* out, const T* logits, int64_t V, compute_t<T> inv_temperature, compute_t<T> row_max, compute_t<T> a,
     compute_t<T> b) {
   using C = compute_t<T>;
+  PMPO_INDEPENDENT
   for (int64_t j = 0; j < V; ++j) {
     const C x = centre<C>(load(logits[j]), inv_temperature, row_max);
     store(out[j], exp_centred(x) * (with_entropy ? a + b * x : a));

@@ -21,7 +21,7 @@ struct Options {
     std::copy(values.begin(), values.end(), &rule);
   }
 };
-constexpr double FIXED = 0, RELATIVE = 1, ABSOLUTE = 2, TARGET = 3;  // `Options::rule`
+enum Rule { FIXED, RELATIVE, ABSOLUTE, TARGET };  // `Options::rule`, as in config.py
 
 // Rows of the statistics, `STATS` of reference.py in its order.
 enum Stat {
