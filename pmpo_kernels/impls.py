@@ -12,10 +12,11 @@ from pmpo_kernels import cpp
 USABLE = "usable"
 INTERPRETER = "set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors under Triton's interpreter"
 IMPLS = ("triton", "cpp", "reference")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 
 def _triton() -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "Triton is not installed (pip install triton)"
     if interpreted():
         return f"{USABLE} on CPU tensors, under Triton's interpreter (TRITON_INTERPRET=1)"
