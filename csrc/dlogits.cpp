@@ -61,21 +61,20 @@ void write_gradient(
         return;
       }
       const T* x = first + b * strides[0] + t * strides[1];
-      const int64_t id = data<int64_t>(ids)[row];
-      const bool known = id >= 0 && id < V;
-      if (!known) g = std::numeric_limits<double>::quiet_NaN();
+      int64_t id = data<int64_t>(ids)[row];
+      if (id < 0 || id >= V) {
+        id = -1;
+        g = std::numeric_limits<double>::quiet_NaN();
+      }
 
-      // q (g + h (log q + H)) with q = exp(x - max) / sum, log q = x - max - log sum, as exp(x - max) (a + b (x - max))
+      // -q (g + h (log q + H)), q = exp(x - max) / sum, log q = x - max - log sum, as exp(x - max) (constant + slope (x - max))
       const double scale = 1 / (data<C>(sum)[row] * temperature), log_sum = std::log(data<C>(sum)[row]);
-      const C shift = data<C>(max)[row];
-      const C a = static_cast<C>(-scale * (g + h * (data<C>(H)[row] - log_sum))), slope = static_cast<C>(-scale * h);
-      const C at_target = known ? centre<C>(load(x[id]), inv_temperature, shift) : C(0);
-      const C target = static_cast<C>(g / temperature + exp_centred(at_target) * (a + slope * at_target));
+      const C constant = static_cast<C>(-scale * (g + h * (data<C>(H)[row] - log_sum)));
+      const C slope = static_cast<C>(-scale * h), shift = data<C>(max)[row];
       if (h == 0)
-        run<gradient_row<T, false>>(y, x, V, inv_temperature, shift, a, slope);
+        run<gradient_row<T, false>>(y, x, V, id, inv_temperature, shift, constant, slope, g / temperature);
       else
-        run<gradient_row<T, true>>(y, x, V, inv_temperature, shift, a, slope);
-      if (known) store(y[id], target);
+        run<gradient_row<T, true>>(y, x, V, id, inv_temperature, shift, constant, slope, g / temperature);
     });
   });
 }
@@ -84,7 +83,9 @@ Tensor dlogits(
     const Tensor& logits, const Tensor& token_ids, const std::optional<Tensor>& mask, const Tensor& row_max,
     const Tensor& row_sum, const Tensor& entropy, const std::optional<Tensor>& dlogp,
     const std::optional<Tensor>& dentropy, double temperature) {
-  const Tensor out = torch::stable::empty_like(logits);
+  Tensor out = torch::stable::empty_like(logits);
+  // rows that overlap in memory can give another order of the dimensions; `ops.empty_gradient` does the same
+  if (out.dim() == 3 && out.stride(2) != 1) out = torch::stable::new_empty(logits, logits.sizes());
   prefer_large_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   write_gradient(out, logits, token_ids, mask, row_max, row_sum, entropy, dlogp, dentropy, temperature);
   return out;

@@ -1,6 +1,6 @@
-// Runs one body compiled for several instruction sets, chosen when the program starts. No dependency on torch.
+// Runs one body compiled for several instruction sets, chosen on first use. No dependency on torch.
 //
-// The bodies are plain loops that the compiler vectorises; nothing in them depends on the instruction set.
+// The bodies are plain loops that the compiler vectorises; their source does not depend on the instruction set.
 
 #pragma once
 

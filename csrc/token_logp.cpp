@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logp(
       const T* x = first + row / shape.T * stride_b + row % shape.T * stride_t;
       RowSums sums;
       run<sum_row<T>>(&sums, x, V, inv_temperature);
-      const double log_sum = std::log(sums.s), target = load(x[id[row]]) * inv_temperature;
+      const double log_sum = std::log(sums.s), target = scale(x[id[row]], inv_temperature);
       logp[row] = static_cast<C>(target - sums.m - log_sum);
       row_max[row] = static_cast<C>(sums.m);
       row_sum[row] = static_cast<C>(sums.s);

@@ -65,8 +65,10 @@ def _trajectory_fake(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _dlogits_fake(logits: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(logits)
+def empty_gradient(logits: Tensor, *args: Any) -> Tensor:
+    """Room for the gradient of logits (B, S, V), each row in one piece; strides like those of the logits if possible."""
+    out = torch.empty_like(logits)  # of rows that overlap in memory it may permute the dimensions
+    return out if out.stride(-1) == 1 else logits.new_empty(logits.shape)
 
 
 def _solve_power_fake(log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -77,7 +79,7 @@ def _solve_power_fake(log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tens
 FAKES: dict[str, Callable[..., Any]] = {
     "token_logp": _token_logp_fake,
     "trajectory": _trajectory_fake,
-    "dlogits": _dlogits_fake,
+    "dlogits": empty_gradient,
     "dlogits_": lambda *args: None,
     "solve_power": _solve_power_fake,
 }
@@ -98,6 +100,8 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
     if name == "solve_power":
         check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)
+    if name == "dlogits":
+        return implementation.dlogits(*args, out=empty_gradient(args[0]))
     if name == "dlogits_":
         implementation.dlogits(*args, out=args[0])
         return None
