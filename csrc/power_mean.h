@@ -94,9 +94,9 @@ struct Solution {
 
 // p with log(n / ESS(p)) = deficit, by Newton in u = p^2 inside a bracket; see `reference.newton`.
 inline Solution newton(const LogWeights& l, double deficit, double power_min, double power_max) {
-  if (std::isnan(deficit)) return {deficit, 0};
   double lo = power_min * power_min, hi = power_max * power_max;
   const double most = moments(l, power_max).deficit;
+  if (std::isnan(deficit + most)) return {deficit + most, 0};
   const double tolerance = NEWTON_TOLERANCE * std::min(most, 1.0);
   if (most - deficit <= tolerance || (l.x_max <= l.x_min && !l.has_zero)) return {power_max, 0};
   if (deficit - moments(l, power_min).deficit <= tolerance) return {power_min, 0};

@@ -158,7 +158,7 @@ def moments(l: LogWeights, p: Tensor) -> Moments:
     e, w = torch.where(l.alive, e, 0), torch.where(l.alive, w, 0)
 
     mean_e, sum_w, sum_ww = seg.sum(e) / n, seg.sum(w), seg.sum(w * w)
-    sum_w, sum_ww = torch.where(sum_w > 0, sum_w, 1), torch.where(sum_ww > 0, sum_ww, 1)
+    sum_w, sum_ww = torch.where(sum_w == 0, 1, sum_w), torch.where(sum_ww == 0, 1, sum_ww)
     cv2 = (seg.sum(e * e) / n - mean_e**2) / (1 + mean_e) ** 2
     return Moments(
         torch.where(small, torch.log1p(mean_e), top + torch.log(sum_w / n)),
@@ -194,7 +194,7 @@ def newton(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -
 
     From below the root a second Newton step, on log(deficit(power_max) - deficit(p)), is tried: that is nearly
     linear where the ESS saturates, and the farther step inside the bracket wins. A deficit out of reach gives the nearest end
-    of [power_min, power_max]; equal weights give power_max; a NaN deficit gives NaN.
+    of [power_min, power_max]; equal weights give power_max; NaN in the deficit or the weights gives NaN.
     """
     n = l.tokens.clamp(min=1)
     lo, hi = torch.full_like(n, power_min**2), torch.full_like(n, power_max**2)
@@ -220,7 +220,7 @@ def newton(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -
         done = done | (g.abs() <= tolerance)
         u = torch.where(done, u, step)
     p = torch.where(at_max, power_max, torch.where(at_min, power_min, u.sqrt()))
-    return torch.where(deficit.isnan(), deficit, p), iterations.long()
+    return torch.where((deficit + most).isnan(), torch.nan, p), iterations.long()
 
 
 def kl_penalty(r: Tensor, order: float) -> tuple[Tensor, Tensor]:

@@ -154,17 +154,32 @@ def tolerance(case: Case, config: LossConfig, power: Tensor | None = None) -> fl
     return 2 * stored + (2 + 5 * p) * delta + 16 * u
 
 
+def row_sum_tolerance(case: Case) -> float:
+    """Bound on the row sum alone, which does not grow with |x|: whatever the rounding of x is, q sums to 1 if the sum, the
+    target and the gradient are made of the same rounded x - max.
+
+    - row_sum and sum q add V positive terms each, at most 64 to a partial sum, then a tree: 2 u (64 + log2 V);
+    - log q = x - max - log(row_sum) and the entropy's factor carry u log V each, weighted by q; exp, products, stores: 16 u;
+    - 16-bit gradients: as in `tolerance`.
+    """
+    dtype, V = case.logits.dtype, case.logits.shape[-1]
+    u = torch.finfo(reference.compute_dtype(dtype)).eps / 2
+    stored = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
+    return 2 * stored + u * (2 * (64 + math.log2(V)) + 4 * math.log(V) + 16)
+
+
 class Verdict(NamedTuple):
-    """One implementation, dtype and configuration against float64."""
+    """One implementation, dtype and configuration against float64; `tolerance` bounds all, `row_sum_tolerance` the row sum."""
 
     loss: float
     grad: ThreePartError
     power_residual: float
     tolerance: float
+    row_sum_tolerance: float
 
     @property
     def ok(self) -> bool:
-        right = max(self.loss, *self.grad) <= self.tolerance
+        right = max(self.loss, *self.grad) <= self.tolerance and self.grad.row_sum <= self.row_sum_tolerance
         return right and self.power_residual <= self.tolerance + reference.NEWTON_TOLERANCE
 
 
@@ -194,6 +209,7 @@ def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) 
         three_part_error(grad.double() / loss_scale, want, case.token_ids),
         residual,
         tolerance(case, config, power),
+        row_sum_tolerance(case),
     )
 
 

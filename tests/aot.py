@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pmpo_kernels.reference import STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, VocabLaunch, vocab_launch
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, VOCAB_OPTIONS, VocabLaunch, vocab_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,8 +35,8 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], int]]:
-    """(name, kernel, pointer types, constants, warps) of every combination in use."""
+def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], dict[str, Any]]]:
+    """(name, kernel, pointer types, constants, launch options) of every combination in use."""
     stages = {
         name: importlib.import_module(f"pmpo_kernels.triton.{name}") for name in ("token_logp", "trajectory", "dlogits")
     }
@@ -61,16 +61,17 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], int]]:
             ("token_logp", stages["token_logp"]._token_logp_fwd_kernel),
             ("dlogits", stages["dlogits"]._dlogits_bwd_kernel),
         ):
-            yield f"{name} {dtype} V={V}", kernel, pointers, constants, launch.num_warps
+            options = {"num_warps": launch.num_warps, **VOCAB_OPTIONS}
+            yield f"{name} {dtype} V={V}", kernel, pointers, constants, options
     for dtype in ("fp32", "fp64"):
         pointers = shared | {f"{name}_ptr": f"*{dtype}" for name in (*small, "advantages")}
         pointers |= {f"{name}_ptr": "*fp64" for name in ("power", "target_ess", "dlogp", "dentropy")}
         constants = {"BLOCK": BLOCK_TOKENS, "NUM_STATS": len(STATS)}
-        yield f"trajectory {dtype}", stages["trajectory"]._trajectory_fwd_kernel, pointers, constants, 8
+        yield f"trajectory {dtype}", stages["trajectory"]._trajectory_fwd_kernel, pointers, constants, {"num_warps": 8}
 
 
 def compile_kernel(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, int], warps: int, target: GPUTarget
+    kernel: Any, pointers: dict[str, str], constants: dict[str, int], options: dict[str, Any], target: GPUTarget
 ) -> Any:
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -81,11 +82,12 @@ def compile_kernel(
             if parameter.name in pointers:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options=options)
 
 
 def inspect(compiled: Any, target: GPUTarget) -> dict[str, Any]:
-    """Spilled bytes or registers; on NVIDIA also how often each width of global access occurs in the binary."""
+    """Spilled bytes or registers; on NVIDIA also how often each width of global access occurs in the binary, and the fused
+    float32 multiply-adds."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         spills = [
@@ -104,7 +106,9 @@ def inspect(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         key = operation + (width or ".32")
         widths[key] = widths.get(key, 0) + 1
     local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {"spills": stack + local + local_accesses, "reported": 1, "registers": registers, "widths": widths}
+    fused = compiled.asm["ptx"].count("fma.rn.f32")
+    spills = stack + local + local_accesses
+    return {"spills": spills, "reported": 1, "registers": registers, "widths": widths, "fused": fused}
 
 
 def run(tool: str, *arguments: str) -> str:
@@ -114,8 +118,8 @@ def run(tool: str, *arguments: str) -> str:
 
 def main(names: list[str]) -> None:
     for arch in names:
-        for name, kernel, pointers, constants, warps in kernels():
-            compiled = compile_kernel(kernel, pointers, constants, warps, TARGETS[arch])
+        for name, kernel, pointers, constants, options in kernels():
+            compiled = compile_kernel(kernel, pointers, constants, options, TARGETS[arch])
             print(json.dumps({"arch": arch, "kernel": name} | inspect(compiled, TARGETS[arch])), flush=True)
 
 

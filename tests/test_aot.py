@@ -33,6 +33,15 @@ def test_every_combination_compiles_without_spills(binaries: list[dict[str, Any]
         assert binary["spills"] == 0, binary
 
 
+def test_scaling_and_centring_are_not_fused(binaries: list[dict[str, Any]]) -> None:
+    """x = logits / temperature is rounded before row_max is subtracted (see `launch.VOCAB_OPTIONS`)."""
+    if binaries[0]["arch"] == "gfx942":
+        return  # its exp and log are made of fused operations too
+    for binary in binaries:
+        if not binary["kernel"].startswith("trajectory"):
+            assert binary["fused"] == 0, binary
+
+
 def test_vocabulary_loops_are_128_bits_wide(binaries: list[dict[str, Any]]) -> None:
     """Where V is a multiple of 8; narrow accesses are then the per-row scalars alone, outside the loops."""
     if binaries[0]["arch"] == "gfx942":

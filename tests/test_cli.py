@@ -34,7 +34,7 @@ def test_verify_passes_for_the_reference() -> None:
 
 
 def test_verify_fails_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Verdict(0.0, ThreePartError(0.0, 0.05, 0.0), 0.0, 1e-6)
+    wrong = Verdict(0.0, ThreePartError(0.0, 0.05, 0.0), 0.0, 1e-6, 1e-6)
     monkeypatch.setattr(verify, "verify", lambda *args, **kwargs: wrong)
     result = runner.invoke(app, ["verify", "--impl", "reference", "--dtype", "float64"])
     assert result.exit_code == 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.ops import stage
 from pmpo_kernels.reference import STATS
-from pmpo_kernels.verification import Case, oracle, three_part_error, tolerance
+from pmpo_kernels.verification import Case, make_case, oracle, row_sum_tolerance, three_part_error, tolerance
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
@@ -100,6 +100,21 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
     "offset storage": lambda z: torch.cat([z.new_zeros(3), z.flatten()])[3:].view(z.shape),
     "aligned rows in a wider tensor": lambda z: torch.cat([z, z], -1)[..., : z.shape[-1]],
 }
+
+
+def test_overlapping_rows(impl: str, device: str) -> None:
+    """Rows that share memory (out of place): the gradient has rows of its own, whose sum flows to the shared elements."""
+    x = torch.randn(13, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.tensor([[0, 3, 9, 1]], device=device)
+    shared = x.unfold(0, 10, 1)[None]
+    assert shared.stride() == (4, 1, 1)
+    results = []
+    for z in (shared, shared.contiguous()):
+        logp = token_logp(z, ids, impl=impl).logp
+        results.append((logp, torch.autograd.grad(logp.sum(), x, retain_graph=True)[0]))
+    (a, grad_a), (b, grad_b) = results
+    assert torch.equal(a, b)
+    assert torch.allclose(grad_a, grad_b, rtol=1e-14, atol=1e-15)  # ten terms, added in another order
 
 
 @pytest.mark.parametrize("layout", list(STRIDED))
@@ -255,6 +270,43 @@ def test_zero_weights(impl: str, device: str) -> None:
         assert z.grad.flatten().tolist() == [pytest.approx(-mean / 2, rel=1e-15), 0.0] * 2
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.1, 1e-2])
+@pytest.mark.parametrize("spread", [30.0, 1e4])
+def test_peaked_rows(impl: str, device: str, temperature: float, spread: float) -> None:
+    """Certain tokens at any temperature: logp <= 0, entropy >= 0, and rows of the gradient that sum to 0, all to a few
+    roundings of 1 and not of the logits."""
+    random = torch.Generator().manual_seed(0)
+    z = (spread * torch.randn(1, 12, 70, generator=random)).to(device).requires_grad_()
+    logp, entropy = token_logp(z, z.argmax(-1), temperature=temperature, impl=impl)
+    (grad,) = torch.autograd.grad(logp.sum(), z)
+    bound = row_sum_tolerance(Case(z, *[z] * 6))
+    assert float(logp.max()) <= bound
+    assert float(entropy.min()) >= -bound
+    assert float(temperature * grad.double().sum(-1).abs().max()) <= 2 * bound  # relative to |dlogp| = 1 / temperature
+    one = token_logp(z[..., :1], torch.zeros_like(z[..., 0], dtype=torch.long), temperature=temperature, impl=impl)
+    assert (one.logp == 0).all()
+    assert (one.entropy == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.1, 1.2])
+def test_banned_blocks_at_a_temperature(impl: str, device: str, dtype: torch.dtype, temperature: float) -> None:
+    """The first and the last of several blocks are banned with finfo.min or -inf: as if they were not there."""
+    case = make_case(dtype, B=2, T=2, V=40, device=device)
+    banned = torch.full((2, 2, 4200), torch.finfo(dtype).min, dtype=dtype, device=device)
+    want = token_logp(case.logits, case.token_ids, temperature=temperature, impl=impl)
+    for fill in (banned, torch.full_like(banned, -math.inf)):
+        z = torch.cat([fill, case.logits, fill], -1).requires_grad_()
+        logp, entropy = token_logp(z, case.token_ids + 4200, temperature=temperature, impl=impl)
+        (logp.sum() + entropy.sum()).backward()
+        bound = tolerance(case, LossConfig.grpo(temperature=temperature))
+        assert torch.allclose(logp, want.logp, rtol=0, atol=bound)
+        assert torch.allclose(entropy, want.entropy, rtol=0, atol=2 * bound)
+        assert bool(z.grad.isfinite().all())
+        assert (z.grad[..., :4200] == 0).all()
+        assert (z.grad[..., 4240:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_smallest_finite_logits(impl: str, device: str, dtype: torch.dtype) -> None:
     """Banned vocabulary is often filled with finfo.min: probability 0, nothing overflows on the way."""
@@ -335,6 +387,21 @@ def test_a_nan_target_is_not_hidden(impl: str, device: str) -> None:
     stats = function(logp, old, A, None, offsets, None, None, None, None, target, list(options))[2]
     assert stats[STATS.index("power")].isnan().all()
     assert stats[STATS.index("policy_loss")].isnan().all()
+
+
+@pytest.mark.parametrize("rule", ["relative", "absolute", "target", "power 1", "power -1"])
+def test_nan_is_not_hidden_in_the_statistics(impl: str, device: str, rule: str) -> None:
+    """A NaN log-prob, or a ratio that is infinite, gives NaN for p and ESS where they follow from the ratios, and no finite loss."""
+    logp = torch.tensor([[-1.0, math.nan, -2.0], [-1.0, -1.0, -2.0]], device=device).double()
+    old = torch.tensor([[-1.1, -1.0, -2.1], [-1.2, -math.inf, -2.1]], device=device).double()
+    power = float(rule.split()[1]) if rule.startswith("power") else "ess"
+    config = LossConfig(power=power, ess_rule="absolute" if rule == "absolute" else "relative")
+    target = torch.tensor([2.5, 2.5], device=device) if rule == "target" else None
+    A = torch.tensor([-1.0, -1.0], device=device).double()
+    out = pmpo_loss_from_logp(logp, old, A, target_ess=target, config=config, impl=impl)
+    assert not bool(out.loss.isfinite())
+    assert out.ess.isnan().all()
+    assert out.power.isnan().all() if power == "ess" else (out.power == power).all()
 
 
 def test_masked_slots_of_given_logp_are_zero_in_the_output(impl: str, device: str) -> None:

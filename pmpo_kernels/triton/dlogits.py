@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import on_device, optional, optional_mask, row_vector, scalar, vocab_launch
+from pmpo_kernels.triton.launch import (
+    VOCAB_OPTIONS,
+    on_device,
+    optional,
+    optional_mask,
+    row_vector,
+    scalar,
+    vocab_launch,
+)
 
 
 @triton.jit(
@@ -137,5 +145,6 @@ def dlogits(
                 BLOCK_V=launch.BLOCK_V,
                 VECTOR=vector,
                 num_warps=launch.num_warps,
+                **VOCAB_OPTIONS,
             )
     return out

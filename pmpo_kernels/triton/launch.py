@@ -14,6 +14,11 @@ from torch import Tensor
 BLOCK_TOKENS = 1024
 
 
+# x = logits / temperature must be rounded before row_max is subtracted: fused, the largest x - row_max would not be 0, and
+# the sums, the target and the gradient would not belong to one softmax.
+VOCAB_OPTIONS = {"enable_fp_fusion": False}
+
+
 class VocabLaunch(NamedTuple):
     """Compile-time settings of the kernels that loop over the vocabulary."""
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import on_device, optional_mask, row_vector, scalar, vocab_launch
+from pmpo_kernels.triton.launch import VOCAB_OPTIONS, on_device, optional_mask, row_vector, scalar, vocab_launch
 
 
 @triton.jit(
@@ -107,5 +107,6 @@ def token_logp(
                 BLOCK_V=launch.BLOCK_V,
                 VECTOR=vector,
                 num_warps=launch.num_warps,
+                **VOCAB_OPTIONS,
             )
     return logp, row_max, row_sum, entropy

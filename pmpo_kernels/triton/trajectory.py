@@ -143,7 +143,8 @@ def _solve_power(
         u = tl.where(done, u, step)
         left = tl.where(done, 0, left - 1)
     p = tl.where(at_max, power_max, tl.where(at_min, power_min, tl.sqrt(u)))
-    return tl.where(deficit == deficit, p, deficit)
+    nan = deficit + most
+    return tl.where(nan == nan, p, nan)
 
 
 @triton.jit
