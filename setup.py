@@ -1,6 +1,7 @@
 """The C++ kernels, built where a C++ compiler and PyTorch are there; all metadata is in pyproject.toml."""
 
 import re
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -8,6 +9,7 @@ from setuptools.command.build_ext import build_ext
 
 TORCH = (2, 10)  # the first with the stable ABI used here; the binary runs on every later one too
 PYTHON = (3, 10)
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none
 ROOT = Path(__file__).parent
 
 
@@ -47,7 +49,8 @@ class BuildCpp(build_ext):
             import torch
             from torch.utils import cpp_extension
         except ImportError as error:
-            hint = "install PyTorch first and then this package with pip install --no-build-isolation"
+            # pip would take the wheel that it kept from the build without PyTorch
+            hint = "install PyTorch, then this package again, with --no-build-isolation --force-reinstall --no-deps --no-cache-dir"
             raise RuntimeError(f"PyTorch cannot be imported while building ({error}); {hint}") from None
         found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
         if found < TORCH:
@@ -58,23 +61,24 @@ class BuildCpp(build_ext):
         extension.library_dirs += cpp_extension.library_paths()
 
 
+macros = [("TORCH_TARGET_VERSION", f"0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000")]
+if LIMITED_API:
+    macros.append(("Py_LIMITED_API", f"0x{PYTHON[0]:02x}{PYTHON[1]:02x}0000"))
+
 extension = Extension(
     "pmpo_kernels._C",
     files("*.cpp"),
-    depends=files("*.h"),
+    depends=[*files("*.h"), "setup.py"],
     libraries=["torch_cpu"],
-    define_macros=[
-        ("TORCH_TARGET_VERSION", f"0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"),
-        ("Py_LIMITED_API", f"0x{PYTHON[0]:02x}{PYTHON[1]:02x}0000"),
-    ],
+    define_macros=macros,
     # no floating-point traps and no errno, so that loops are vectorised; NaN and inf keep their meaning
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"],
-    py_limited_api=True,
+    py_limited_api=LIMITED_API,
     optional=True,
 )
 
 setup(
     ext_modules=[extension],
     cmdclass={"build_ext": BuildCpp},
-    options={"bdist_wheel": {"py_limited_api": f"cp{PYTHON[0]}{PYTHON[1]}"}},
+    options={"bdist_wheel": {"py_limited_api": f"cp{PYTHON[0]}{PYTHON[1]}"}} if LIMITED_API else {},
 )

@@ -229,7 +229,7 @@ def test_build(missing: str, tmp_path: Path) -> None:
         assert not note.exists()
         return
     assert not libraries
-    expected = {"compiler": "no-such-compiler", "PyTorch": "pip install --no-build-isolation"}[missing]
+    expected = {"compiler": "no-such-compiler", "PyTorch": "with --no-build-isolation"}[missing]
     assert expected in note.read_text()
     assert expected in done.stdout + done.stderr
     code = (

@@ -119,7 +119,7 @@ def compare(
             row.peak_bytes = peak_memory(case, variant, bench)
 
     floor: dict[str, list[float]] = {"read": [], "copy": []}
-    for allocator in allocators(case.device):
+    for allocator in allocators(case.device) if functions else []:
         samples: dict[str, list[Times]] = {name: [] for name in functions}
         with using(allocator):
             for _ in rounds(bench, functions, WARMUP_ROUNDS):

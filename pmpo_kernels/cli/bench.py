@@ -46,8 +46,8 @@ def command(
     B, T = DEFAULT_SHAPE[device]
     cases = [
         Case(vocab=V, batch=batch or B, tokens=tokens or T, dtype=kind, preset=preset, device=device)
-        for V in vocab or VOCABS
-        for kind in dtype or list(Dtype)
+        for V in dict.fromkeys(vocab or VOCABS)
+        for kind in dict.fromkeys(dtype or Dtype)
     ]
     check_files(cases, out, overwrite)
     check_memory(cases)
