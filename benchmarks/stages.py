@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,15 +109,15 @@ def trajectory_share(repeats: int) -> dict[str, Any]:
     return {"shape": LONG, "power": power[-1]} | {name: asdict(spread) for name, spread in times.items()}
 
 
-def measure(case: Case, repeats: int, advance: Callable[[str], None]) -> dict[str, Any]:
-    """One dtype: stages with one thread and with all, on large and on cached logits."""
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """One dtype: into fresh memory, then stages with one thread and with all, on large and on cached logits."""
     threads = torch.get_num_threads()
     inputs = build_inputs(case)
     cached = build_inputs(Case(batch=CACHED[0], tokens=CACHED[1], vocab=CACHED[2], dtype=case.dtype))
     out: dict[str, Any] = {"logits_bytes": case.logits_bytes, "threads": {}}
+    out["fresh"] = fresh_memory(inputs.logits, inputs.token_ids, repeats)
     with using(Allocator.reuse):
         for n in sorted({1, threads}):
-            advance(f"{case.name}, {n} threads")
             torch.set_num_threads(n)
             functions, restore = stage_functions(inputs.logits, inputs.token_ids)
             times = median_times(functions, repeats, restore)
@@ -125,9 +127,6 @@ def measure(case: Case, repeats: int, advance: Callable[[str], None]) -> dict[st
         elements = cached.logits.numel()
         times = median_times(functions, 40 * repeats, restore)
         out["cached_ns_an_element"] = {name: 1e6 * spread.median / elements for name, spread in times.items()}
-    torch.set_num_threads(threads)
-    advance(f"{case.name}, fresh memory")
-    out["fresh"] = fresh_memory(inputs.logits, inputs.token_ids, repeats)
     return out
 
 
@@ -168,14 +167,17 @@ def main(
     console = Console()
     cases = [Case(vocab=vocab, batch=batch, tokens=tokens, dtype=kind) for kind in Dtype]
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("building inputs", total=len(cases) * (len({1, torch.get_num_threads()}) + 1) + 1)
-
-        def advance(what: str) -> None:
-            progress.update(task, description=what, advance=1, refresh=True)
-
-        kinds = {case.dtype.value: measure(case, repeats, advance) for case in cases}
-        advance("trajectory")
+        task = progress.add_task("", total=len(cases) + 1)
+        kinds = {}
+        for case in cases:
+            progress.update(task, description=case.name, refresh=True)
+            # a fresh process each: memory that one has kept would spare the next one its page faults
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                kinds[case.dtype.value] = fresh.submit(measure, case, repeats).result()
+            progress.advance(task)
+        progress.update(task, description="trajectory", refresh=True)
         share = trajectory_share(repeats)
+        progress.advance(task)
     content = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),

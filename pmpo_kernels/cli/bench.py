@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +53,11 @@ def command(
     ]
     check_files(cases, out, overwrite)
     check_memory(cases)
-    wrong = [run(case, repeats, out, Console()) for case in cases]
+    wrong = []
+    for case in cases:
+        # a fresh process each: memory that one case has kept would spare the next one its page faults
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            wrong.append(fresh.submit(run, case, repeats, out, torch.get_num_threads()).result())
     if any(wrong):
         raise typer.Exit(1)
 
@@ -84,14 +90,18 @@ def check_memory(cases: list[Case]) -> None:
         )
 
 
-def run(case: Case, repeats: int, out: Path, console: Console) -> bool:
+def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
     """One case: measure, print, write; whether a variant was wrong."""
+    import torch
+
     from pmpo_kernels.benchmarking import report as reporting
     from pmpo_kernels.benchmarking.cases import build_inputs, variants
     from pmpo_kernels.benchmarking.comparison import compare, steps
     from pmpo_kernels.benchmarking.figure import write_figure
     from pmpo_kernels.benchmarking.measure import Bench
 
+    torch.set_num_threads(threads)
+    console = Console()
     chosen, skipped = variants(case.device)
     for name, reason in skipped.items():
         console.print(f"not timed: {name} ({reason})")
