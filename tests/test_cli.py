@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from pmpo_kernels.benchmarking.allocator import Allocator, allocators, page_faults, using
 from pmpo_kernels.cli import verify
 from pmpo_kernels.cli.app import app
 from pmpo_kernels.verification import ThreePartError, Verdict
@@ -49,18 +51,52 @@ def test_verify_names_a_bad_option() -> None:
 
 
 def test_bench_writes_results_and_overwrites_none(tmp_path: Path) -> None:
-    arguments = ["bench", "--vocab", "300", "--batch", "2", "--tokens", "6", "--repeats", "2", "--out", str(tmp_path)]
+    shape = [
+        "--vocab",
+        "300",
+        "--vocab",
+        "300",
+        "--dtype",
+        "float32",
+        "--batch",
+        "2",
+        "--tokens",
+        "6",
+        "--repeats",
+        "2",
+    ]
+    arguments = ["bench", *shape, "--out", str(tmp_path)]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    (found,) = tmp_path.glob("*.json")
-    assert list(tmp_path.glob("*.png"))
-    text = found.read_text()
-    assert "eager" in text
-    assert "compile" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench-v300-float32.json", "bench-v300-float32.png"]
+    text = (tmp_path / "bench-v300-float32.json").read_text()
+    rows = {row["name"]: row for row in json.loads(text)["results"]}
+    fused = "triton" if torch.cuda.is_available() else "cpp"
+    assert list(rows) == ["eager PyTorch", "torch.compile", fused, f"{fused}, in place"]
+    assert not any(row["problem"] for row in rows.values())
+    settings = {"default", "reuse"} if sys.platform == "linux" and not torch.cuda.is_available() else {"default"}
+    assert all(set(row["timings"]) == settings for row in rows.values())
     again = runner.invoke(app, arguments)
     assert again.exit_code != 0
     assert "--overwrite" in again.output
-    assert found.read_text() == text
+    assert (tmp_path / "bench-v300-float32.json").read_text() == text
+
+
+def test_allocator_settings_take_out_page_faults() -> None:
+    """Large tensors: fresh memory each time by default, the same memory again with `reuse`."""
+    if Allocator.reuse not in allocators("cpu"):
+        return  # not with this C library
+    size = 64 * 2**20
+    with using(Allocator.reuse):
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+        before = page_faults()
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+        reused = page_faults() - before
+    before = page_faults()
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+    fresh = page_faults() - before
+    assert reused < 64
+    assert fresh > size / 2**21 - 1  # a page is at most 2 MiB
 
 
 def test_demo_names_a_bad_option() -> None:
