@@ -97,22 +97,29 @@ def stages(content: Content) -> str:
         one, all_threads = (
             found["threads"][n] for n in (min(found["threads"], key=int), max(found["threads"], key=int))
         )
-        size = found["logits_bytes"]
-        for name, units in (
-            ("read", 1),
-            ("copy", 2),
-            ("token_logp", 1),
-            ("dlogits, in place", 2),
-            ("dlogits with entropy, in place", 2),
-            ("dlogits", 2),
+        size, n = found["logits_bytes"], int(max(found["threads"], key=int))
+        elements = B * T * V
+        read, copy = (all_threads[name]["median"] for name in ("read", "copy"))
+        # a copy moves three times the logits: source, target fetched, target written; in place there is no fetch
+        for name, units, by_bytes in (
+            ("read", 1, None),
+            ("copy", 2, None),
+            ("token_logp", 1, read),
+            ("dlogits, in place", 2, 2 / 3 * copy),
+            ("dlogits with entropy, in place", 2, 2 / 3 * copy),
+            ("dlogits", 2, copy),
         ):
-            cached = found["cached_ns_an_element"][name]
             together, alone = all_threads[name]["median"], one[name]["median"]
-            bandwidth = f"{units * size / together / 1e6:.1f}"
-            in_cache = "" if name in ("read", "copy") else f"{cached:.2f}"
-            rows.append([kind, name, ms(alone), ms(together), f"{alone / together:.2f}x", bandwidth, in_cache])
+            cells = [kind, name, ms(alone), ms(together), f"{alone / together:.2f}x"]
+            cells += [f"{units * size / together / 1e6:.1f}"]
+            if by_bytes is None:
+                rows.append([*cells, "", "", ""])
+                continue
+            by_arithmetic = found["cached_ns_an_element"][name] * elements / n / 1e6
+            share = max(by_bytes, by_arithmetic) / together
+            rows.append([*cells, ms(by_bytes), ms(by_arithmetic), f"{share:.0%}"])
         ours = [sum(times[s]["median"] for s in ("token_logp", "dlogits, in place")) for times in (one, all_threads)]
-        rows.append([kind, "both stages, in place", *map(ms, ours), f"{ours[0] / ours[1]:.2f}x", "", ""])
+        rows.append([kind, "both stages, in place", *map(ms, ours), f"{ours[0] / ours[1]:.2f}x", "", "", "", ""])
     n = max(next(iter(content["dtypes"].values()))["threads"], key=int)
     header = [
         "dtype",

@@ -2,6 +2,7 @@
 // Order and names are those of reference.py.
 
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -18,7 +19,7 @@ struct Options {
 
   explicit Options(const std::vector<double>& values) {
     expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of TrajectoryOptions");
-    std::copy(values.begin(), values.end(), &rule);
+    std::memcpy(this, values.data(), sizeof(Options));
   }
 };
 enum Rule { FIXED, RELATIVE, ABSOLUTE, TARGET };  // `Options::rule`, as in config.py
