@@ -89,69 +89,59 @@ def readme() -> str:
     return "\n\n".join([START, *parts, END])
 
 
-def stages(content: Content) -> str:
-    """One machine's stages against its floor."""
-    B, T, V = content["shape"]
+def stage_rows(kind: str, found: Content, elements: int) -> list[list[str]]:
+    """One dtype's stages: times, scaling, bandwidth, and the two floors."""
+    one, together = (found["threads"][n] for n in (min(found["threads"], key=int), max(found["threads"], key=int)))
+    threads = int(max(found["threads"], key=int))
     rows = []
-    for kind, found in content["dtypes"].items():
-        one, all_threads = (
-            found["threads"][n] for n in (min(found["threads"], key=int), max(found["threads"], key=int))
-        )
-        size, n = found["logits_bytes"], int(max(found["threads"], key=int))
-        elements = B * T * V
-        read, copy = (all_threads[name]["median"] for name in ("read", "copy"))
-        # a copy moves three times the logits: source, target fetched, target written; in place there is no fetch
-        for name, units, by_bytes in (
-            ("read", 1, None),
-            ("copy", 2, None),
-            ("token_logp", 1, read),
-            ("dlogits, in place", 2, 2 / 3 * copy),
-            ("dlogits with entropy, in place", 2, 2 / 3 * copy),
-            ("dlogits", 2, copy),
-        ):
-            together, alone = all_threads[name]["median"], one[name]["median"]
-            cells = [kind, name, ms(alone), ms(together), f"{alone / together:.2f}x"]
-            cells += [f"{units * size / together / 1e6:.1f}"]
-            if by_bytes is None:
-                rows.append([*cells, "", "", ""])
-                continue
-            by_arithmetic = found["cached_ns_an_element"][name] * elements / n / 1e6
-            share = max(by_bytes, by_arithmetic) / together
-            rows.append([*cells, ms(by_bytes), ms(by_arithmetic), f"{share:.0%}"])
-        ours = [sum(times[s]["median"] for s in ("token_logp", "dlogits, in place")) for times in (one, all_threads)]
-        rows.append([kind, "both stages, in place", *map(ms, ours), f"{ours[0] / ours[1]:.2f}x", "", "", "", ""])
-    n = max(next(iter(content["dtypes"].values()))["threads"], key=int)
-    header = [
-        "dtype",
-        "",
-        "ms, 1 thread",
-        f"ms, {n} threads",
-        "scaling",
-        f"GB/s, {n} threads",
-        "ns an element, in cache",
-    ]
+    # a copy moves three times the logits: source, target fetched, target written
+    for name, units, by_bytes in (
+        ("read", 1, None),
+        ("copy", 2, None),
+        ("token_logp", 1, together["read"]["median"]),
+        ("dlogits, in place", 2, 2 / 3 * together["copy"]["median"]),
+        ("dlogits with entropy, in place", 2, 2 / 3 * together["copy"]["median"]),
+        ("dlogits", 2, 2 / 3 * together["copy"]["median"]),
+    ):
+        alone, time = one[name]["median"], together[name]["median"]
+        bandwidth = units * found["logits_bytes"] / time / 1e6
+        cells = [kind, name, ms(alone), ms(time), f"{alone / time:.2f}x", f"{bandwidth:.1f}"]
+        if by_bytes is None:
+            rows.append([*cells, "", "", ""])
+        else:
+            by_arithmetic = found["cached_ns_an_element"][name] * elements / threads / 1e6
+            rows.append([*cells, ms(by_bytes), ms(by_arithmetic), f"{max(by_bytes, by_arithmetic) / time:.0%}"])
+    ours = [sum(times[name]["median"] for name in ("token_logp", "dlogits, in place")) for times in (one, together)]
+    return [*rows, [kind, "both stages, in place", *map(ms, ours), f"{ours[0] / ours[1]:.2f}x", "", "", "", ""]]
+
+
+def stages(content: Content) -> str:
+    """One machine's stages against its floors."""
+    B, T, V = content["shape"]
+    dtypes, share = content["dtypes"], content["trajectory"]
+    threads = max(next(iter(dtypes.values()))["threads"], key=int)
+    header = ["dtype", "", "ms, 1 thread", f"ms, {threads} threads", "scaling", "GB/s"]
+    header += ["floor by bytes, ms", "floor by arithmetic, ms", "share of the larger floor"]
     fresh = [
         [kind, name, ms(found["fresh"][name]["median"]), f"{found['fresh'][name]['page_faults']:,}"]
-        for kind, found in content["dtypes"].items()
+        for kind, found in dtypes.items()
         for name in ("clone", "dlogits")
     ]
-    share = content["trajectory"]
     _, long_T, long_V = share["shape"]
     percent = 100 * share["trajectory"]["median"] / share["step"]["median"]
-    return "\n".join(
-        [
-            f"Logits ({B}, {T}, {V:,}), {machine(content, 'cpu')}, medians of {content['repeats']}, memory reused:",
-            "",
-            *table(header, rows),
-            "",
-            "Into fresh memory, default allocator:",
-            "",
-            *table(["dtype", "", "ms", "page faults"], fresh),
-            "",
-            f"The trajectory stage with p solved, one trajectory of {long_T:,} tokens: {share['trajectory']['median']:.2f} ms,"
-            f" {percent:.2f} % of its step in float32 at V = {long_V:,} in place ({share['step']['median']:.0f} ms).",
-        ]
-    )
+    lines = [
+        f"Logits ({B}, {T}, {V:,}), {machine(content, 'cpu')}, medians of {content['repeats']}, memory reused:",
+        "",
+        *table(header, [row for kind, found in dtypes.items() for row in stage_rows(kind, found, B * T * V)]),
+        "",
+        "Into fresh memory, default allocator, repeated at once:",
+        "",
+        *table(["dtype", "", "ms", "page faults"], fresh),
+        "",
+        f"The trajectory stage with p solved, one trajectory of {long_T:,} tokens: {share['trajectory']['median']:.2f} ms,"
+        f" {percent:.2f} % of its step in float32 at V = {long_V:,} in place ({share['step']['median']:.0f} ms).",
+    ]
+    return "\n".join(lines)
 
 
 def performance() -> str:
