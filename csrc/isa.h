@@ -47,7 +47,7 @@ inline Isa& current_isa() {
   return isa;
 }
 
-inline std::string isa_name(Isa isa) {
+inline std::string isa_name([[maybe_unused]] Isa isa) {
 #ifdef PMPO_X86_CLONES
   return isa == Isa::avx512 ? "AVX-512" : isa == Isa::avx2 ? "AVX2" : "SSE2";
 #else
