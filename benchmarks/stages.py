@@ -7,7 +7,6 @@ Writes stages.json and stages.png; `benchmarks/readme_table.py` puts the figures
 
 from __future__ import annotations
 
-import datetime
 import json
 import multiprocessing
 import time
@@ -31,7 +30,7 @@ from pmpo_kernels import LossConfig, pmpo_loss
 from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
 from pmpo_kernels.benchmarking.cases import Case, Dtype, build_inputs
 from pmpo_kernels.benchmarking.comparison import Spread
-from pmpo_kernels.benchmarking.machine import commit, devices, versions
+from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.ops import stage
 
 CACHED_V, CACHED_ROWS = 16384, (4, 12)  # logits that stay in the second-level cache, twice: calling costs drop out
@@ -184,10 +183,7 @@ def main(
         share = trajectory_share(repeats)
         progress.advance(task)
     content = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "devices": devices(),
+        **provenance(),
         "shape": [batch, tokens, vocab],
         "cached": {"vocab": CACHED_V, "rows": CACHED_ROWS},
         "repeats": repeats,

@@ -1,5 +1,5 @@
 // The mathematics of one trajectory: clip, weights, power mean, ESS and the Newton solver for p, all in float64.
-// No dependency on torch. Order and names are those of reference.py, equations those of docs/design.md there.
+// No dependency on torch. Order, names and constants are those of reference.py.
 
 #pragma once
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from helpers import run, same_bits
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, available_impls, cpp, pmpo_loss, solve_power
+from pmpo_kernels.config import TrajectoryOptions
 from pmpo_kernels.ops import stage
+from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, STATS
 from pmpo_kernels.verification import make_case, verify
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +143,21 @@ def test_unknown_ids_give_nan_in_the_gradient() -> None:
     z, one = torch.randn(1, 2, 8), torch.ones(1, 2)
     got = stage("dlogits", "cpp")(z, torch.tensor([[8, -1]]), None, one, one, one, one, None, 1.0)
     assert bool(got.isnan().all())
+
+
+def test_the_sources_name_what_the_reference_names() -> None:
+    """Options and statistics in the same order, the solver's limits the same numbers: C++ cannot import them."""
+    trajectory, power_mean = ((ROOT / "csrc" / name).read_text() for name in ("trajectory.cpp", "power_mean.h"))
+    options = re.search(r"struct Options \{\s*double ([\w,\s]+);", trajectory)
+    statistics = re.search(r"enum Stat \{([\w,\s]+), NUM_STATS", trajectory)
+    assert options is not None
+    assert statistics is not None
+    assert re.findall(r"\w+", options[1]) == list(TrajectoryOptions._fields)
+    assert re.findall(r"\w+", statistics[1].lower()) == list(STATS)
+    for name, value in (("MAX_NEWTON_ITERATIONS", MAX_NEWTON_ITERATIONS), ("NEWTON_TOLERANCE", NEWTON_TOLERANCE)):
+        found = re.search(rf"{name} = ([\w.-]+);", power_mean)
+        assert found is not None
+        assert float(found[1]) == value
 
 
 def test_operators_check_what_they_read() -> None:

@@ -100,7 +100,7 @@ def test_peaked_rows(impl: str, device: str, temperature: float, spread: float) 
     bound = row_sum_tolerance(Case(z, *[z] * 6))
     assert float(logp.max()) <= bound
     assert float(entropy.min()) >= -bound
-    assert float(temperature * grad.double().sum(-1).abs().max()) <= 2 * bound  # relative to |dlogp| = 1 / temperature
+    assert float(temperature * grad.double().sum(-1).abs().max()) <= bound  # relative to |dlogp| = 1 / temperature
     one = token_logp(z[..., :1], torch.zeros_like(z[..., 0], dtype=torch.long), temperature=temperature, impl=impl)
     assert (one.logp == 0).all()
     assert (one.entropy == 0).all()
@@ -119,7 +119,7 @@ def test_banned_blocks_at_a_temperature(impl: str, device: str, dtype: torch.dty
         (logp.sum() + entropy.sum()).backward()
         bound = tolerance(case, LossConfig.grpo(temperature=temperature))
         assert torch.allclose(logp, want.logp, rtol=0, atol=bound)
-        assert torch.allclose(entropy, want.entropy, rtol=0, atol=2 * bound)
+        assert torch.allclose(entropy, want.entropy, rtol=0, atol=bound)
         assert bool(z.grad.isfinite().all())
         assert (z.grad[..., :4200] == 0).all()
         assert (z.grad[..., 4240:] == 0).all()

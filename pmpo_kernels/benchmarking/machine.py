@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,3 +79,13 @@ def commit() -> str | None:
         return found + "-dirty" * bool(git("status", "--porcelain")) if found else None
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def provenance() -> dict[str, Any]:
+    """What every file of results begins with: when, from which commit, with what, on what."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "devices": devices(),
+    }

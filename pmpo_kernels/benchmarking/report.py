@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Row, Spread
-from pmpo_kernels.benchmarking.machine import commit, devices, versions
+from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import MEMORY_METHOD
 
 P_NOTE = "p is given to eager PyTorch and torch.compile (solved beforehand, not timed); the fused rows solve it"
@@ -108,10 +107,7 @@ def write_json(report: Report, path: Path) -> None:
         }
         rows.append({**asdict(row), "timings": timings})
     content = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "devices": devices(),
+        **provenance(),
         "case": {**asdict(report.case), "logits_bytes": report.case.logits_bytes},
         "config": asdict(report.case.config),
         "settings": {
