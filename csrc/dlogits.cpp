@@ -67,14 +67,17 @@ void write_gradient(
         g = std::numeric_limits<double>::quiet_NaN();
       }
 
-      // -q (g + h (log q + H)), q = exp(x - max) / sum, log q = x - max - log sum, as exp(x - max) (constant + slope (x - max))
+      // -q (g + h (log q + H)), q = exp(x) / sum and log q = x - log sum of x = (z - max) / temperature, as
+      // exp(x) (constant + slope x)
       const double scale = 1 / (data<C>(sum)[row] * temperature), log_sum = std::log(data<C>(sum)[row]);
       const C constant = static_cast<C>(-scale * (g + h * (data<C>(H)[row] - log_sum)));
       const C slope = static_cast<C>(-scale * h), shift = data<C>(max)[row];
-      if (h == 0)
-        run<gradient_row<T, false>>(y, x, V, id, inv_temperature, shift, constant, slope, g / temperature);
-      else
-        run<gradient_row<T, true>>(y, x, V, id, inv_temperature, shift, constant, slope, g / temperature);
+      const auto write = [&](auto at_one, auto with_slope) {
+        run<gradient_row<T, at_one, with_slope>>(
+            y, x, V, id, inv_temperature, shift, constant, slope, g / temperature);
+      };
+      const auto at = [&](auto at_one) { h == 0 ? write(at_one, std::false_type{}) : write(at_one, std::true_type{}); };
+      inv_temperature == 1 ? at(std::true_type{}) : at(std::false_type{});
     });
   });
 }

@@ -53,9 +53,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logp(
       }
       const T* x = first + row / shape.T * stride_b + row % shape.T * stride_t;
       RowSums sums;
-      run<sum_row<T>>(&sums, x, V, inv_temperature);
-      const double log_sum = std::log(sums.s), target = scale(x[id[row]], inv_temperature);
-      logp[row] = static_cast<C>(target - sums.m - log_sum);
+      if (inv_temperature == 1)
+        run<sum_row<T, true>>(&sums, x, V, inv_temperature);
+      else
+        run<sum_row<T, false>>(&sums, x, V, inv_temperature);
+      const double log_sum = std::log(sums.s);
+      logp[row] = static_cast<C>((load(x[id[row]]) - sums.m) * inv_temperature - log_sum);
       row_max[row] = static_cast<C>(sums.m);
       row_sum[row] = static_cast<C>(sums.s);
       entropy[row] = static_cast<C>(log_sum - sums.u / sums.s);

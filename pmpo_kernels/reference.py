@@ -50,18 +50,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def token_logp(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp = z_y - logsumexp(z) and entropy H = -sum_j q_j log q_j of z = logits / temperature (design 2.1, 2.7).
+    """logp = z_y/T - logsumexp(z/T) and entropy H = -sum_j q_j log q_j at temperature T, z the logits (design 2.1, 2.7).
 
-    The logsumexp is returned in two parts, `row_max` + log(`row_sum`): one float32 number would cost the gradient up to
-    1e-6 of relative accuracy. Masked rows give 0 (row_sum 1); an id outside [0, V) gives NaN.
+    The logsumexp is returned in two parts, `row_max` = max z and `row_sum` = sum exp((z - row_max)/T): one float32 number
+    would cost the gradient up to 1e-6 of relative accuracy. The maximum is subtracted before the division, so that what
+    is rounded is small where q is large. Masked rows give 0 (row_sum 1); an id outside [0, V) gives NaN.
 
     Args: logits (B, S, V) with S = T or T + 1, token_ids (B, T), mask (B, T) bool or None. Returns four (B, T) tensors.
     """
     T, V = token_ids.shape[1], logits.shape[2]
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-    z = torch.where(keep[..., None], logits[:, :T], 0).to(compute_dtype(logits.dtype)) / temperature
+    z = torch.where(keep[..., None], logits[:, :T], 0).to(compute_dtype(logits.dtype))
     row_max = z.detach().amax(-1)
-    centred = z - row_max[..., None]
+    centred = (z - row_max[..., None]) / temperature
     e = centred.exp()
     row_sum = e.sum(-1)
     known = (token_ids >= 0) & (token_ids < V)
@@ -374,8 +375,8 @@ def dlogits(
     row = row if mask is None else row & mask
     known = (token_ids >= 0) & (token_ids < logits.shape[2])
     g = torch.where(known, g, torch.nan)
-    z = torch.where(row[..., None], logits[:, :T], 0).to(row_max.dtype) / temperature
-    log_q = z - row_max[..., None] - row_sum.log()[..., None]
+    z = torch.where(row[..., None], logits[:, :T], 0).to(row_max.dtype)
+    log_q = (z - row_max[..., None]) / temperature - row_sum.log()[..., None]
     q = log_q.exp()
     grad = -q * g[..., None] - torch.where(q > 0, q * (log_q + entropy[..., None]), q) * h[..., None]
     grad = grad.scatter_add(-1, torch.where(known, token_ids, 0)[..., None].long(), g[..., None])

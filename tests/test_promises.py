@@ -108,8 +108,9 @@ def test_overlapping_rows(impl: str, device: str) -> None:
         logp = token_logp(z, ids, impl=impl).logp
         results.append((logp, torch.autograd.grad(logp.sum(), x, retain_graph=True)[0]))
     (a, grad_a), (b, grad_b) = results
-    assert torch.equal(a, b)
-    assert torch.allclose(grad_a, grad_b, rtol=1e-14, atol=1e-15)  # ten terms, added in another order
+    # ten terms, added in another order: rows that overlap are not aligned, which for Triton means other lanes
+    assert torch.allclose(a, b, rtol=1e-14, atol=1e-15)
+    assert torch.allclose(grad_a, grad_b, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("layout", list(STRIDED))

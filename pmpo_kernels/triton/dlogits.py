@@ -1,4 +1,9 @@
-"""Stage `dlogits`: the gradient of the logits in one read and one write; rows without a gradient are written, not read."""
+"""Stage `dlogits`: the gradient of the logits in one read and one write; rows without a gradient are written, not read.
+
+A row is a body of whole 16-byte vectors, accessed 128 bits at a time, and at most one vector less an element before and
+after it: with V = 50,257 rows begin anywhere. A column's gradient depends on nothing but its logit and the row's numbers, so
+neither alignment nor the number of programs changes a bit.
+"""
 
 from __future__ import annotations
 
@@ -7,95 +12,106 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.triton.launch import (
-    VOCAB_OPTIONS,
-    on_device,
-    optional,
-    optional_mask,
-    row_vector,
-    scalar,
-    vocab_launch,
-)
+from pmpo_kernels.triton.launch import OPTIONS, capability, launch_config, on_device, optional, optional_mask, scalar
+from pmpo_kernels.triton.token_logp import exponent
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(
-    do_not_specialize_on_alignment=[
-        "token_ids_ptr",
-        "mask_ptr",
-        "row_max_ptr",
-        "row_sum_ptr",
-        "entropy_ptr",
-        "dlogp_ptr",
-        "dentropy_ptr",
-    ],
-    do_not_specialize=[
-        "T",
-        "S",
-        "stride_logits_b",
-        "stride_logits_t",
-        "stride_out_b",
-        "stride_out_t",
-        "has_mask",
-        "has_dlogp",
-        "has_dentropy",
-    ],
-)
+@triton.jit
+def _gradient(z, cols, token_id, row_max, scale, constant, slope, target):
+    """exp(x) (constant + slope x log2(e)) of x = (z - row_max) / temperature, and `target` more at the token's column."""
+    t = exponent(z.to(row_max.dtype), row_max, scale)
+    grad = tl.exp2(t) * tl.fma(slope, t, constant)
+    return tl.where(cols == token_id, grad + target, grad)
+
+
+@triton.jit
+def _edge_columns(head, body, V: tl.constexpr, VECTOR: tl.constexpr):
+    """(columns, which of them exist) before and after a row's whole vectors."""
+    i = tl.arange(0, 2 * VECTOR)
+    cols = tl.where(i < VECTOR, i, head + body + i - VECTOR)
+    return cols, tl.where(i < VECTOR, i < head, cols < V)
+
+
+_POINTERS = ["logits_ptr", "out_ptr", "token_ids_ptr", "mask_ptr", "row_max_ptr", "row_sum_ptr", "entropy_ptr",
+             "dlogp_ptr", "dentropy_ptr"]  # fmt: skip
+_RUN_TIME = ["T", "S", "stride_logits_b", "stride_logits_t", "stride_out_b", "stride_out_t", "first_element", "has_mask",
+             "has_dlogp", "has_dentropy", "parts"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=_POINTERS, do_not_specialize=_RUN_TIME)
 def _dlogits_bwd_kernel(
-    logits_ptr,
-    out_ptr,
-    token_ids_ptr,
-    mask_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    entropy_ptr,
-    dlogp_ptr,
-    dentropy_ptr,
-    T: tl.int64,
-    S: tl.int64,
-    stride_logits_b: tl.int64,
-    stride_logits_t: tl.int64,
-    stride_out_b: tl.int64,
-    stride_out_t: tl.int64,
-    has_mask: tl.int32,
-    has_dlogp: tl.int32,
-    has_dentropy: tl.int32,
-    temperature: tl.float64,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    b = program // S
-    t = program % S
+    logits_ptr, out_ptr, token_ids_ptr, mask_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, dlogp_ptr, dentropy_ptr,
+    T: tl.int64, S: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, stride_out_b: tl.int64,
+    stride_out_t: tl.int64, first_element: tl.int64, has_mask: tl.int32, has_dlogp: tl.int32, has_dentropy: tl.int32,
+    parts: tl.int32, temperature: tl.float64, V: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    position, part = (program // parts).to(tl.int64), program % parts
+    b, t = position // S, position % S
     row = b * T + t
-    inside = t < T
     dtype: tl.constexpr = row_max_ptr.dtype.element_ty
-    out_row_ptr = out_ptr + (b * stride_out_b + t * stride_out_t) * VECTOR
+    out_offset = b * stride_out_b + t * stride_out_t
+    head = ((VECTOR - (first_element + out_offset) % VECTOR) % VECTOR).to(tl.int32)
+    body = (V - head) // VECTOR * VECTOR
+    ACCESS: tl.constexpr = VECTOR * out_ptr.dtype.element_ty.primitive_bitwidth // 8  # bytes
+    out_row_ptr = out_ptr + out_offset
+    out_body_ptr = tl.multiple_of(out_row_ptr + head, ACCESS)
+    BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    share = (BLOCKS + parts - 1) // parts
+    first = part * share
+    last = tl.minimum(first + share, BLOCKS)
+    cols = tl.arange(0, BLOCK_V)
+
+    inside = t < T
     keep = inside & (tl.load(mask_ptr + row, mask=inside & (has_mask != 0), other=1) != 0)
     dlogp = tl.load(dlogp_ptr + row, mask=keep & (has_dlogp != 0), other=0.0)
     dentropy = tl.load(dentropy_ptr + row, mask=keep & (has_dentropy != 0), other=0.0)
     if (dlogp == 0) & (dentropy == 0):
-        zeros = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
-        for start in range(0, V, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            tl.store(out_row_ptr + cols, zeros, mask=cols < V)
+        zero = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
+        for block in range(first, last):
+            offs = block * BLOCK_V + cols
+            tl.store(out_body_ptr + offs, zero, mask=offs < body)
+        if part == 0:
+            edge, exists = _edge_columns(head, body, V, VECTOR)
+            tl.store(out_row_ptr + edge, 0.0, mask=exists)
     else:
-        logits_row_ptr = logits_ptr + (b * stride_logits_b + t * stride_logits_t) * VECTOR
-        inv_temperature = (1.0 / scalar(temperature)).to(dtype)
-        row_max = tl.load(row_max_ptr + row)
-        log_sum = tl.log(tl.load(row_sum_ptr + row))
-        entropy = tl.load(entropy_ptr + row)
+        logits_row_ptr = logits_ptr + b * stride_logits_b + t * stride_logits_t
+        logits_body_ptr = tl.multiple_of(logits_row_ptr + head, ACCESS)
+        inv_temperature = 1.0 / scalar(temperature)
+        scale = (inv_temperature * _LOG2E).to(dtype)
+        row_max, row_sum = tl.load(row_max_ptr + row), tl.load(row_sum_ptr + row)
         token_id = tl.load(token_ids_ptr + row)
-        dlogp = tl.where((token_id >= 0) & (token_id < V), dlogp, float("nan")) * inv_temperature
-        dentropy = dentropy * inv_temperature
-        for start in range(0, V, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            x = tl.load(logits_row_ptr + cols, mask=cols < V, other=float("-inf")).to(dtype) * inv_temperature
-            log_q = x - row_max - log_sum
-            q = tl.exp(log_q)
-            grad = tl.where(cols == token_id, dlogp, 0.0) - q * dlogp
-            grad -= tl.where(q > 0, q * (log_q + entropy), q) * dentropy
-            tl.store(out_row_ptr + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < V)
+        known = (token_id >= 0) & (token_id < V)
+        token_id = tl.where(known, token_id, -1).to(tl.int32)
+        target = tl.where(known, dlogp, float("nan")) * inv_temperature.to(dtype)
+        # -q (g + h (log q + H)) with q = exp(x) / row_sum and log q = x - log row_sum
+        inv_sum = inv_temperature.to(dtype) / row_sum
+        slope = -dentropy * inv_sum
+        constant = -target / row_sum + slope * (tl.load(entropy_ptr + row) - tl.log(row_sum))
+        slope = slope * _LN2
+        for block in range(first, last):
+            offs = block * BLOCK_V + cols
+            z = tl.load(logits_body_ptr + offs, mask=offs < body)
+            grad = _gradient(z, head + offs, token_id, row_max, scale, constant, slope, target)
+            tl.store(out_body_ptr + offs, grad.to(out_ptr.dtype.element_ty), mask=offs < body)
+        if part == 0:
+            edge, exists = _edge_columns(head, body, V, VECTOR)
+            z = tl.load(logits_row_ptr + edge, mask=exists)
+            grad = _gradient(z, edge, token_id, row_max, scale, constant, slope, target)
+            tl.store(out_row_ptr + edge, grad.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+def _same_alignment(logits: Tensor, out: Tensor) -> tuple[int, int]:
+    """(elements of one 16-byte access, first element of `out` counted from such a boundary) if each row of `out` lies to
+    these boundaries as that of the logits does, else (1, 0)."""
+    size = out.element_size()
+    wide = 16 // size
+    first = [t.data_ptr() // size % wide for t in (logits, out)]
+    moved = [abs(logits.stride(d) - out.stride(d)) % wide for d in (0, 1) if out.shape[d] > 1]
+    return (wide, first[1]) if first[0] == first[1] and not any(moved) else (1, 0)
 
 
 def dlogits(
@@ -117,34 +133,15 @@ def dlogits(
     mask, has_mask = optional_mask(mask, token_ids)
     dlogp, has_dlogp = optional(dlogp, row_max)
     dentropy, has_dentropy = optional(dentropy, row_max)
-    vector = row_vector(logits, out)
-    launch = vocab_launch(V, logits.element_size(), vector)
-    if B * S:
-        with on_device(logits):
-            _dlogits_bwd_kernel[(B * S,)](
-                logits,
-                out,
-                token_ids,
-                mask,
-                row_max.contiguous(),
-                row_sum.contiguous(),
-                entropy.contiguous(),
-                dlogp,
-                dentropy,
-                token_ids.shape[1],
-                S,
-                logits.stride(0) // vector,
-                logits.stride(1) // vector,
-                out.stride(0) // vector,
-                out.stride(1) // vector,
-                has_mask,
-                has_dlogp,
-                has_dentropy,
-                temperature,
-                V=V,
-                BLOCK_V=launch.BLOCK_V,
-                VECTOR=vector,
-                num_warps=launch.num_warps,
-                **VOCAB_OPTIONS,
-            )
+    if not B * S:
+        return out
+    wide, first_element = _same_alignment(logits, out)
+    launch = launch_config(V, logits.dtype, capability(logits.device), B * S).dlogits
+    with on_device(logits):
+        _dlogits_bwd_kernel[(B * S * launch.parts,)](
+            logits, out, token_ids, mask, row_max.contiguous(), row_sum.contiguous(), entropy.contiguous(), dlogp, dentropy,
+            token_ids.shape[1], S, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), first_element,
+            has_mask, has_dlogp, has_dentropy, launch.parts, temperature,
+            V=V, BLOCK_V=launch.BLOCK_V, VECTOR=wide, num_warps=launch.num_warps, **OPTIONS,
+        )  # fmt: skip
     return out

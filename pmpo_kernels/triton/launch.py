@@ -1,7 +1,8 @@
-"""What the launchers share: block sizes, alignment, the current device."""
+"""Launch settings of the vocabulary kernels, and what the launchers share: alignment, optional inputs, the device."""
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -10,41 +11,82 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Given explicitly, because Triton's default differs between versions. The vocabulary kernels subtract row_max before they
+# multiply, so fusing cannot tear a row's sums, target and gradient apart.
+OPTIONS = {"enable_fp_fusion": True}
+
 # Trajectory tokens a step: fixed, so that a trajectory's sums have the same order in every batch.
 BLOCK_TOKENS = 1024
 
-
-# x = logits / temperature must be rounded before row_max is subtracted: fused, the largest x - row_max would not be 0, and
-# the sums, the target and the gradient would not belong to one softmax.
-VOCAB_OPTIONS = {"enable_fp_fusion": False}
+# What a thread of token_logp loads a step: four 16-byte loads in flight, and the work on the running sums spread over 32
+# (bfloat16) elements.
+BYTES_A_THREAD = 64
 
 
 class VocabLaunch(NamedTuple):
-    """Compile-time settings of the kernels that loop over the vocabulary."""
+    """One kernel over (rows, V): `BLOCK_V` columns a step, `num_warps`, `parts` programs a row."""
 
     BLOCK_V: int
     num_warps: int
+    parts: int
 
 
-def vocab_launch(V: int, itemsize: int, vector: int) -> VocabLaunch:
-    """16 bytes a thread and step for 256 threads, doubled for 2-byte logits; smaller blocks for small V."""
-    most = 16384 // max(itemsize, 4)
-    if vector == 1:
-        most //= 2  # each element is then a lane with accumulators of its own: more of them spill on sm_80
-    block = min(max(triton.next_power_of_2(V), 64), most)
-    return VocabLaunch(block, max(1, min(8, block // 256)))
+class LaunchConfig(NamedTuple):
+    """Settings of the two stages that read the logits."""
+
+    token_logp: VocabLaunch
+    dlogits: VocabLaunch
 
 
-def row_vector(*rows: Tensor) -> int:
+# Multiprocessors of the largest product of each architecture.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}
+
+
+def launch_config(V: int, dtype: torch.dtype, capability: str, rows: int) -> LaunchConfig:
+    """Settings for logits (rows, V) on an architecture such as "sm_90" or "gfx942"; pure, needs no GPU.
+
+    Of these only `parts` depends on the number of rows, and it changes no bit: `token_logp` merges block by block in one
+    order however many programs share a row, and the columns of `dlogits` do not depend on each other. No setting has been
+    timed (benchmarks/results/PENDING.md); the reasons are figures of the binaries, see docs/performance-gpu.md.
+    """
+    warp = 64 if capability.startswith("gfx") else 32
+
+    def launch(bytes_a_thread: int) -> tuple[int, int]:
+        most = 256 * bytes_a_thread // dtype.itemsize
+        block = min(max(triton.next_power_of_2(V), 64), most)
+        return block, max(1, 256 * block // most // warp)
+
+    # dlogits keeps results beside inputs: half as much.
+    forward, backward = launch(BYTES_A_THREAD), launch(BYTES_A_THREAD // 2)
+    # Two programs of 8 warps with 64 bytes a thread in flight are 32 KiB a multiprocessor, about what the memory latency
+    # asks for; with fewer rows than that, several programs share a row.
+    wanted = 2 * MULTIPROCESSORS.get(capability, 128)
+    blocks = triton.cdiv(V, forward[0])
+    split = 1 if rows >= wanted else blocks
+    parts = 1 if rows >= wanted else min(triton.cdiv(wanted, max(rows, 1)), triton.cdiv(V, backward[0]))
+    return LaunchConfig(VocabLaunch(*forward, split), VocabLaunch(*backward, parts))
+
+
+@functools.cache
+def capability(device: torch.device) -> str:
+    """Architecture of a GPU; on a CPU, under the interpreter, that of the GPU whose settings it runs with."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    name: str = getattr(properties, "gcnArchName", "").split(":")[0]
+    return name if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def vector(*rows: Tensor) -> int:
     """Elements of one 16-byte access if every row of these (B, S, V) tensors starts and ends on such a boundary, else 1.
 
     Row strides are passed in this unit and multiplied by it, a constant, inside the kernel: so the compiler knows that
     rows are aligned, and masked accesses are 128 bits wide.
     """
-    vector = 16 // rows[0].element_size()
+    wide = 16 // rows[0].element_size()
     sizes = [size for t in rows for size in (t.shape[-1], t.stride(0), t.stride(1))]
-    aligned = all(size % vector == 0 for size in sizes) and all(t.data_ptr() % 16 == 0 for t in rows)
-    return vector if aligned else 1
+    aligned = all(size % wide == 0 for size in sizes) and all(t.data_ptr() % 16 == 0 for t in rows)
+    return wide if aligned else 1
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -1,7 +1,8 @@
 """Stage `trajectory`: clip, statistics, p, loss and per-token gradient, one program a trajectory, all in float64.
 
-The order and the names are those of `reference`; a trajectory is looped over in blocks, and its log weights are
-recomputed from the log-probs in each pass rather than stored.
+The order and the names are those of `reference`. A trajectory is looped over in blocks; the first pass leaves its log
+weights l where the last one writes the gradient, so the passes between (for p, and one for each Newton step) read 8 bytes
+a token and compute one exponential.
 """
 
 from __future__ import annotations
@@ -11,37 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.config import ABSOLUTE, FIXED, TARGET, TrajectoryOptions
-from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, on_device, optional_like, optional_mask, scalar
+from pmpo_kernels.config import FIXED, TARGET, TrajectoryOptions
+from pmpo_kernels.reference import STATS
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, on_device, optional_like, optional_mask, scalar
+from pmpo_kernels.triton.power_mean import centred, choose_power, expm1, moments
 
 _FIXED = tl.constexpr(FIXED)
-_ABSOLUTE = tl.constexpr(ABSOLUTE)
 _TARGET = tl.constexpr(TARGET)
-_MAX_ITERATIONS = tl.constexpr(MAX_NEWTON_ITERATIONS)
-_TOLERANCE = tl.constexpr(NEWTON_TOLERANCE)
 _INF = tl.constexpr(float("inf"))
 # Slices of a batch are aligned or not: no variant of the kernel for each.
 _POINTERS = ["logp_ptr", "old_logp_ptr", "advantages_ptr", "mask_ptr", "cu_seqlens_ptr", "ref_logp_ptr",
              "rollout_weights_ptr", "entropy_ptr", "power_ptr", "target_ess_ptr"]  # fmt: skip
 _RUN_TIME = ["B", "N", "has_old_logp", "has_mask", "has_ref_logp", "has_rollout_weights", "has_entropy", "has_power"]
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 to a few ulp, from exp and log alone (Kahan)."""
-    u = tl.exp(x)
-    tiny = u == 1.0
-    huge = (u - 1.0 == -1.0) | (u == _INF)
-    return tl.where(tiny, x, tl.where(huge, u - 1.0, (u - 1.0) * x / tl.log(tl.where(tiny | huge, 2.0, u))))
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) to a few ulp, from log alone (Kahan)."""
-    u = 1.0 + x
-    tiny = u == 1.0
-    return tl.where(tiny, x, tl.log(u) * x / tl.where(tiny, 1.0, u - 1.0))
 
 
 @triton.jit
@@ -60,9 +42,9 @@ def _given(valid, has):
 
 
 @triton.jit
-def _token_log_weights(offs, stop, advantage, tokens, bounds):
-    """(log-ratio d, log weight l, response token, clipped below, clipped above) of one block of tokens."""
-    logp_ptr, old_logp_ptr, mask_ptr, rollout_weights_ptr, has_old_logp, has_mask, has_rollout_weights = tokens
+def _log_ratio(offs, stop, advantage, tokens, bounds):
+    """(log-ratio d, the same clipped, response token, clipped below, clipped above) of one block of tokens."""
+    logp_ptr, old_logp_ptr, mask_ptr, has_old_logp, has_mask = tokens
     low, high, dual = bounds
     valid = offs < stop
     valid = valid & (tl.load(mask_ptr + offs, mask=_given(valid, has_mask), other=1) != 0)
@@ -70,135 +52,60 @@ def _token_log_weights(offs, stop, advantage, tokens, bounds):
     old_logp = tl.load(old_logp_ptr + offs, mask=_given(valid, has_old_logp), other=0.0).to(tl.float64)
     on_policy = tl.where(logp == -_INF, 0.0, logp - logp)
     d = tl.where(has_old_logp != 0, logp - old_logp, on_policy)
-    l, below, above = _clip_log_ratio(d, advantage, low, high, dual)
-    v = tl.load(rollout_weights_ptr + offs, mask=_given(valid, has_rollout_weights), other=1.0).to(tl.float64)
-    return d, l + tl.log(v), valid, valid & below, valid & above
+    clipped, below, above = _clip_log_ratio(d, advantage, low, high, dual)
+    return d, clipped, valid, valid & below, valid & above
 
 
 @triton.jit
-def _moments(p, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK: tl.constexpr):
-    """(log mean of a^p centred, log(n / ESS), its slope in p) of one trajectory at one p."""
-    top = tl.maximum(p * x_min, p * x_max)
-    small = (tl.maximum(top, -tl.minimum(p * x_min, p * x_max)) < 1) & (has_zero == 0)
-    sum_e = tl.zeros((BLOCK,), tl.float64)
-    sum_ee = tl.zeros((BLOCK,), tl.float64)
-    sum_w = tl.zeros((BLOCK,), tl.float64)
-    sum_ww = tl.zeros((BLOCK,), tl.float64)
-    sum_wx = tl.zeros((BLOCK,), tl.float64)
-    sum_wwx = tl.zeros((BLOCK,), tl.float64)
-    for first in range(start, stop, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        _, l, valid, _, _ = _token_log_weights(offs, stop, advantage, tokens, bounds)
-        alive = valid & (l != -_INF)
-        x = tl.where(alive, l - mean, 0.0)
-        e = tl.where(alive, _expm1(tl.where(small, p * x, 0.0)), 0.0)
-        w = tl.where(small, 1.0 + e, tl.exp(tl.where(small, 0.0, p * x - top)))
-        w = tl.where(alive, w, 0.0)
-        sum_e += e
-        sum_ee += e * e
-        sum_w += w
-        sum_ww += w * w
-        sum_wx += w * x
-        sum_wwx += w * w * x
-    mean_e = tl.sum(sum_e, axis=0) / n
-    total_w = tl.sum(sum_w, axis=0)
-    total_ww = tl.sum(sum_ww, axis=0)
-    total_w = tl.where(total_w > 0, total_w, tl.where(total_w == 0, 1.0, total_w))
-    total_ww = tl.where(total_ww > 0, total_ww, tl.where(total_ww == 0, 1.0, total_ww))
-    cv2 = (tl.sum(sum_ee, axis=0) / n - mean_e * mean_e) / ((1.0 + mean_e) * (1.0 + mean_e))
-    log_mean = tl.where(small, _log1p(mean_e), top + tl.log(total_w / n))
-    deficit = tl.where(small, _log1p(tl.where(small, cv2, 0.0)), tl.log(n * total_ww) - 2.0 * tl.log(total_w))
-    slope = 2.0 * (tl.sum(sum_wwx, axis=0) / total_ww - tl.sum(sum_wx, axis=0) / total_w)
-    return log_mean, deficit, slope
-
-
-@triton.jit
-def _solve_power(
-    deficit, power_min, power_max, most, variance, mean, x_min, x_max, has_zero, n, start, stop, advantage,
-    tokens, bounds, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """p with log(n / ESS(p)) = deficit: Newton in u = p^2 inside the bracket; `most` is it at power_max."""
-    lo = power_min * power_min
-    hi = power_max * power_max
-    _, least, _ = _moments(power_min, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
-    tolerance = tl.minimum(most, 1.0) * _TOLERANCE
-    at_max = (most - deficit <= tolerance) | ((x_max <= x_min) & (has_zero == 0))
-    at_min = deficit - least <= tolerance
-    u = deficit / variance
-    u = tl.where((u > lo) & (u < hi), u, (lo + hi) / 2)
-    left = tl.where(at_max | at_min, 0, _MAX_ITERATIONS)
-    while left > 0:
-        p = tl.sqrt(u)
-        _, now, slope = _moments(p, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
-        g = now - deficit
-        slope = slope / (2.0 * p)
-        lo = tl.where(g < 0, u, lo)
-        hi = tl.where(g > 0, u, hi)
-        step = u - g / slope
-        room = most - now
-        saturating = u + tl.log(room / (most - deficit)) * room / slope
-        step = tl.where((g < 0) & (saturating > step) & (saturating < hi), saturating, step)
-        step = tl.where((step > lo) & (step < hi), step, (lo + hi) / 2)
-        done = tl.abs(g) <= tolerance
-        u = tl.where(done, u, step)
-        left = tl.where(done, 0, left - 1)
-    p = tl.where(at_max, power_max, tl.where(at_min, power_min, tl.sqrt(u)))
-    nan = deficit + most
-    return tl.where(nan == nan, p, nan)
-
-
-@triton.jit
-def _choose_power(
-    ess_rule, clipped, target_ess, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(p, log(n / ESS*)) of an adaptive rule, from the number of clipped tokens or the given target."""
-    rule, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor = ess_rule
-    variance = tl.zeros((BLOCK,), tl.float64)
-    for first in range(start, stop, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        _, l, valid, _, _ = _token_log_weights(offs, stop, advantage, tokens, bounds)
-        x = tl.where(valid & (l != -_INF), l - mean, 0.0)
-        variance += x * x
-    _, most, _ = _moments(power_max, mean, x_min, x_max, has_zero, n, start, stop, advantage, tokens, bounds, BLOCK)
-    fraction = tl.minimum(clipped / n / full_clip_fraction, 1.0)
-    severity = tl.where(fraction > 0, tl.exp(ess_sharpness * tl.log(tl.where(fraction > 0, fraction, 1.0))), 0.0)
-    relative = -_log1p((1.0 - severity) * _expm1(-most))
-    absolute = -tl.log(ess_floor + (1.0 - ess_floor) * severity)
-    deficit = tl.where(rule == _TARGET, tl.log(n) - tl.log(target_ess), tl.where(rule == _ABSOLUTE, absolute, relative))
-    p = _solve_power(
-        deficit, power_min, power_max, most, tl.sum(variance, axis=0) / n, mean, x_min, x_max, has_zero, n,
-        start, stop, advantage, tokens, bounds, BLOCK,
-    )  # fmt: skip
-    return p, deficit
-
-
-@triton.jit
-def _reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr, has_ref_logp):
-    """r = ref_logp - logp, 0 without a reference policy."""
-    has = _given(valid, has_ref_logp)
-    ref_logp = tl.load(ref_logp_ptr + offs, mask=has, other=0.0).to(tl.float64)
-    return ref_logp - tl.load(logp_ptr + offs, mask=has, other=0.0).to(tl.float64)
+def _reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr):
+    """r = ref_logp - logp."""
+    ref_logp = tl.load(ref_logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+    return ref_logp - tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
 
 
 @triton.jit
 def _kl_penalty(r, order):
     """Estimators k1, k2, k3 of the KL and their derivative in logp."""
-    e = _expm1(r)
+    e = expm1(r, tl.exp(r))
     value = tl.where(order == 1, -r, tl.where(order == 2, r * r / 2, e - r))
     return value, tl.where(order == 1, 1.0, tl.where(order == 2, -r, -e))
 
 
 @triton.jit
-def _token_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK: tl.constexpr):
-    """First pass: counts, sum and range of l, and the sums behind the metrics."""
-    n = tl.zeros((BLOCK,), tl.float64)
-    zeros = tl.zeros((BLOCK,), tl.float64)
+def _token_sums(
+    start, stop, advantage, tokens, bounds, rollout_weights_ptr, has_rollout_weights, l_ptr, BLOCK: tl.constexpr
+):
+    """First pass: counts, sum and range of l, and l of each token, -inf where it has no weight."""
+    n = tl.zeros((BLOCK,), tl.int32)
+    zeros = tl.zeros((BLOCK,), tl.int32)
+    low = tl.zeros((BLOCK,), tl.int32)
+    high = tl.zeros((BLOCK,), tl.int32)
     sum_l = tl.zeros((BLOCK,), tl.float64)
     l_min = tl.full((BLOCK,), _INF, tl.float64)
     l_max = tl.full((BLOCK,), -_INF, tl.float64)
-    low = tl.zeros((BLOCK,), tl.float64)
-    high = tl.zeros((BLOCK,), tl.float64)
+    for first in range(start, stop, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        _, l, valid, below, above = _log_ratio(offs, stop, advantage, tokens, bounds)
+        if has_rollout_weights != 0:
+            l += tl.log(tl.load(rollout_weights_ptr + offs, mask=valid, other=1.0).to(tl.float64))
+        alive = valid & (l != -_INF)
+        tl.store(l_ptr + offs, tl.where(alive, l, -_INF), mask=offs < stop)
+        n += valid.to(tl.int32)
+        zeros += (valid & (l == -_INF)).to(tl.int32)
+        low += below.to(tl.int32)
+        high += above.to(tl.int32)
+        sum_l += tl.where(alive, l, 0.0)
+        l_min = tl.where(alive & (l < l_min), l, l_min)
+        l_max = tl.where(alive & (l > l_max), l, l_max)
+    return (
+        tl.sum(n, axis=0).to(tl.float64), tl.sum(zeros, axis=0).to(tl.float64), tl.sum(low, axis=0).to(tl.float64),
+        tl.sum(high, axis=0).to(tl.float64), tl.sum(sum_l, axis=0), tl.min(l_min, axis=0), tl.max(l_max, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _metric_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK: tl.constexpr):
+    """The sums over tokens that only metrics and the further terms of the loss need."""
     ratio_sum = tl.zeros((BLOCK,), tl.float64)
     ratio_max = tl.zeros((BLOCK,), tl.float64)
     approx_kl = tl.zeros((BLOCK,), tl.float64)
@@ -207,27 +114,19 @@ def _token_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_en
     ref_logp_ptr, has_ref_logp, kl_order = ref
     for first in range(start, stop, BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        d, l, valid, below, above = _token_log_weights(offs, stop, advantage, tokens, bounds)
-        zero = valid & (l == -_INF)
-        alive = valid & (l != -_INF)
-        n += valid.to(tl.float64)
-        zeros += zero.to(tl.float64)
-        sum_l += tl.where(alive, l, 0.0)
-        l_min = tl.where(alive & (l < l_min), l, l_min)
-        l_max = tl.where(alive & (l > l_max), l, l_max)
-        low += below.to(tl.float64)
-        high += above.to(tl.float64)
-        ratio = tl.where(valid, tl.exp(d), 0.0)
+        d, _, valid, _, _ = _log_ratio(offs, stop, advantage, tokens, bounds)
+        exp_d = tl.exp(d)
+        ratio = tl.where(valid, exp_d, 0.0)
         ratio_sum += ratio
         ratio_max = tl.where(ratio <= ratio_max, ratio_max, ratio)
-        approx_kl += tl.where(valid, _expm1(d) - d, 0.0)
-        r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr, has_ref_logp)
-        kl += _kl_penalty(r, kl_order)[0]
+        approx_kl += tl.where(valid, expm1(d, exp_d) - d, 0.0)
+        if has_ref_logp != 0:
+            r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr)
+            kl += _kl_penalty(r, kl_order)[0]
         entropy += tl.load(entropy_ptr + offs, mask=_given(valid, has_entropy), other=0.0).to(tl.float64)
     return (
-        tl.sum(n, axis=0), tl.sum(zeros, axis=0), tl.sum(sum_l, axis=0), tl.min(l_min, axis=0), tl.max(l_max, axis=0),
-        tl.sum(low, axis=0), tl.sum(high, axis=0), tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0),
-        tl.sum(approx_kl, axis=0), tl.sum(kl, axis=0), tl.sum(entropy, axis=0),
+        tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0), tl.sum(approx_kl, axis=0), tl.sum(kl, axis=0),
+        tl.sum(entropy, axis=0),
     )  # fmt: skip
 
 
@@ -236,22 +135,21 @@ def _write_gradient(
     start, stop, advantage, tokens, bounds, ref, p, mean, log_scale, policy_scale, kl_scale,
     entropy_scale, has_dentropy, dlogp_ptr, dentropy_ptr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Last pass: -w A M_p W_t on unclipped tokens, the KL term's gradient, and that of the entropy."""
+    """Last pass: -w A M_p W_t on unclipped tokens, in place of l; the KL term's gradient, and that of the entropy."""
     ref_logp_ptr, has_ref_logp, kl_order = ref
     for first in range(start, stop, BLOCK):
         offs = first + tl.arange(0, BLOCK)
-        _, l, valid, below, above = _token_log_weights(offs, stop, advantage, tokens, bounds)
-        flows = valid & (l != -_INF) & (below == 0) & (above == 0)
-        log_mw = tl.where(flows, log_scale + p * (l - mean), 0.0)
-        dlogp = tl.where(flows, policy_scale * tl.exp(log_mw), 0.0)
+        _, _, valid, below, above = _log_ratio(offs, stop, advantage, tokens, bounds)
+        x, alive = centred(first, stop, mean, dlogp_ptr, BLOCK)
+        flows = alive & (below == 0) & (above == 0)
+        dlogp = tl.where(flows, policy_scale * tl.exp(tl.where(flows, log_scale + p * x, 0.0)), 0.0)
         dlogp = tl.where(policy_scale == 0, 0.0, dlogp)
-        r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr, has_ref_logp)
-        dkl = _kl_penalty(r, kl_order)[1]
-        dlogp += tl.where(kl_scale == 0, 0.0, tl.where(valid, kl_scale * dkl, 0.0))
-        tl.store(dlogp_ptr + offs, dlogp.to(dlogp_ptr.dtype.element_ty), mask=offs < stop)
+        if (has_ref_logp != 0) & (kl_scale != 0):
+            r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr)
+            dlogp += tl.where(valid, kl_scale * _kl_penalty(r, kl_order)[1], 0.0)
+        tl.store(dlogp_ptr + offs, dlogp, mask=offs < stop)
         if has_dentropy:
-            dentropy = tl.where(valid, entropy_scale, 0.0).to(dentropy_ptr.dtype.element_ty)
-            tl.store(dentropy_ptr + offs, dentropy, mask=offs < stop)
+            tl.store(dentropy_ptr + offs, tl.where(valid, entropy_scale, 0.0), mask=offs < stop)
 
 
 @triton.jit(do_not_specialize_on_alignment=_POINTERS, do_not_specialize=_RUN_TIME)
@@ -271,7 +169,7 @@ def _trajectory_fwd_kernel(
     start = tl.maximum(tl.load(cu_seqlens_ptr + i).to(tl.int64), 0)
     stop = tl.minimum(tl.load(cu_seqlens_ptr + i + 1).to(tl.int64), N)
     A = tl.load(advantages_ptr + i).to(tl.float64)
-    tokens = (logp_ptr, old_logp_ptr, mask_ptr, rollout_weights_ptr, has_old_logp, has_mask, has_rollout_weights)
+    tokens = (logp_ptr, old_logp_ptr, mask_ptr, has_old_logp, has_mask)
     bounds = (scalar(token_low), scalar(token_high), scalar(token_dual))
     ess_rule = (scalar(rule), scalar(power_min), scalar(power_max), scalar(full_clip_fraction), scalar(ess_sharpness),
                 scalar(ess_floor))  # fmt: skip
@@ -279,9 +177,13 @@ def _trajectory_fwd_kernel(
     by_length, length_norm, power = scalar(by_length), scalar(length_norm), scalar(power)
     beta, entropy_coef = scalar(beta), scalar(entropy_coef)
 
-    count, zeros, sum_l, l_min, l_max, low, high, ratio_sum, ratio_max, approx_kl, kl, entropy = _token_sums(
+    count, zeros, low, high, sum_l, l_min, l_max = _token_sums(
+        start, stop, A, tokens, bounds, rollout_weights_ptr, has_rollout_weights, dlogp_ptr, BLOCK
+    )
+    ratio_sum, ratio_max, approx_kl, kl, entropy = _metric_sums(
         start, stop, A, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK
     )
+    tl.debug_barrier()  # what one thread has stored of l, another may load
     some = count > 0
     n = tl.maximum(count, 1.0)
     alive = count - zeros
@@ -295,10 +197,10 @@ def _trajectory_fwd_kernel(
     deficit_target = p * 0.0
     if ess_rule[0] != _FIXED:
         target_ess = tl.load(target_ess_ptr + i, mask=ess_rule[0] == _TARGET, other=1.0).to(tl.float64)
-        p, deficit_target = _choose_power(
-            ess_rule, low + high, target_ess, mean, x_min, x_max, has_zero, n, start, stop, A, tokens, bounds, BLOCK,
+        p, deficit_target = choose_power(
+            ess_rule, low + high, target_ess, mean, x_min, x_max, has_zero, n, alive, start, stop, dlogp_ptr, BLOCK,
         )  # fmt: skip
-    log_mean, deficit, _ = _moments(p, mean, x_min, x_max, has_zero, n, start, stop, A, tokens, bounds, BLOCK)
+    log_mean, deficit, _ = moments(p, mean, x_min, x_max, has_zero, n, start, stop, dlogp_ptr, BLOCK)
 
     log_m = mean + tl.where(p == 0, 0.0, log_mean / tl.where(p == 0, 1.0, p))
     log_m = tl.where((has_zero & (p <= 0)) | (has_zero & (alive == 0)), -_INF, log_m)
@@ -381,5 +283,6 @@ def trajectory(
                 BLOCK=BLOCK_TOKENS,
                 NUM_STATS=len(STATS),
                 num_warps=8,
+                **OPTIONS,
             )
     return dlogp, dentropy, stats
