@@ -19,47 +19,39 @@ def default_denominator(stats: Tensor, config: LossConfig) -> Tensor:
 def total_loss(stats: Tensor, config: LossConfig, denominator: Tensor) -> Tensor:
     """Loss of design 2.6, 2.7, 0-d float64: (policy + beta KL - entropy_coef H), each weighted alike, over D."""
     row = dict(zip(STATS, stats.unbind(), strict=True))
-    per_token = row["weight"] / row["tokens"].clamp(min=1)
     loss = (row["weight"] * row["policy_loss"]).sum()
-    if config.beta:
-        loss = loss + config.beta * (per_token * row["kl"]).sum()
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * (per_token * row["entropy"]).sum()
+    for factor, term in ((config.beta, row["kl"]), (-config.entropy_coef, row["entropy"])):
+        if factor:
+            loss = loss + factor * (row["weight"] / row["tokens"].clamp(min=1) * term).sum()
     return loss / denominator
 
 
 def metrics(
     stats: Tensor, denominator: Tensor, *, has_ref_logp: bool, has_entropy: bool, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Detached 0-d tensors; means over tokens, or over non-empty trajectories for p and ESS. No host synchronisation."""
+    """Detached 0-d tensors; means over tokens, or over non-empty trajectories for p and ESS. No host synchronisation.
+
+    Few operations on whole rows: each is a kernel of its own on a GPU, and a dozen metrics one by one would be a hundred.
+    """
+    stats = stats.detach()
     row = dict(zip(STATS, stats.unbind(), strict=True))
     some = row["tokens"] > 0
-    tokens, trajectories = row["tokens"].sum(), some.double().sum()
-    per_token, per_trajectory = 1 / tokens.clamp(min=1), 1 / trajectories.clamp(min=1)
-    low, high = row["clipped_low"].sum() * per_token, row["clipped_high"].sum() * per_token
-
-    def extreme(x: Tensor, sign: float) -> Tensor:
-        least = x.new_full((1,), -torch.inf)
-        return sign * torch.where(trajectories > 0, torch.cat([torch.where(some, sign * x, least), least]).amax(), 0)
-
-    out = {
-        "policy_loss": (row["weight"] * row["policy_loss"]).sum() / denominator,
-        "clip_fraction": low + high,
-        "clip_fraction_low": low,
-        "clip_fraction_high": high,
-        "ratio_mean": row["ratio_sum"].sum() * per_token,
-        "ratio_max": extreme(row["ratio_max"], 1.0),
-        "approx_kl": row["approx_kl"].sum() * per_token,
-        "power_mean": torch.where(some, row["power"], 0).sum() * per_trajectory,
-        "power_min": extreme(row["power"], -1.0),
-        "power_max": extreme(row["power"], 1.0),
-        "ess": row["ess"].sum() * per_trajectory,
-        "ess_target": row["ess_target"].sum() * per_trajectory,
-        "tokens": tokens,
-        "trajectories": trajectories,
-    }
-    if has_ref_logp:
-        out["ref_kl"] = row["kl"].sum() * per_token
-    if has_entropy:
-        out["entropy"] = row["entropy"].sum() * per_token
-    return {name: value.detach().to(dtype) for name, value in out.items()}
+    means = [row["clipped_low"], row["clipped_high"], row["ratio_sum"], row["approx_kl"], row["kl"], row["entropy"]]
+    power = torch.where(some, row["power"], 0)
+    policy = row["weight"] * row["policy_loss"]
+    sums = torch.stack([*means, power, row["ess"], row["ess_target"], policy, row["tokens"], some.double()]).sum(1)
+    per_token, per_trajectory, policy_sum, counts = sums.tensor_split((6, 9, 10))
+    tokens, trajectories = counts.clamp(min=1).unbind()
+    values = [per_token / tokens, per_trajectory / trajectories, policy_sum / denominator, counts]
+    ends = torch.stack([row["ratio_max"], row["power"], -row["power"]]).where(some, -torch.inf)
+    if stats.shape[1]:
+        values.append(ends.amax(1).where(counts[1] > 0, 0))
+    else:
+        values.append(sums.new_zeros(3))
+    names = ("clip_fraction_low", "clip_fraction_high", "ratio_mean", "approx_kl", "ref_kl", "entropy", "power_mean",
+             "ess", "ess_target", "policy_loss", "tokens", "trajectories", "ratio_max", "power_max", "power_min")  # fmt: skip
+    out = dict(zip(names, torch.cat(values).to(dtype).unbind(), strict=True))
+    out["power_min"] = -out["power_min"]
+    out["clip_fraction"] = out["clip_fraction_low"] + out["clip_fraction_high"]
+    absent = {"ref_kl": not has_ref_logp, "entropy": not has_entropy}
+    return {name: value for name, value in out.items() if not absent.get(name)}

@@ -112,8 +112,10 @@ class TrajectoryFunction(torch.autograd.Function):
         ctx.dtype = logp.dtype
         loss = total_loss(stats, i.config, denominator).to(logp.dtype)
         # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
-        finite = (dlogp / denominator).to(logp.dtype).isfinite().all()
-        return torch.where(finite, loss, loss + torch.inf), stats, denominator
+        if dlogp.numel():
+            largest = (torch.linalg.vector_norm(dlogp, torch.inf) / denominator).to(logp.dtype)
+            loss = torch.where(largest < torch.inf, loss, loss + torch.inf)
+        return loss, stats, denominator
 
     @staticmethod
     @first_order
