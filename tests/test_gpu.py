@@ -1,12 +1,15 @@
-"""What only a GPU can show: no synchronisation, no further compiles, sizes beyond 32 bits."""
+"""What only a GPU can show: no synchronisation, CUDA graphs, no further compiles, sizes beyond 32 bits."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from helpers import same_bits
 
-from pmpo_kernels import LossConfig, pmpo_loss, token_logp
-from pmpo_kernels.verification import make_case
+from pmpo_kernels import LossConfig, PMPOOutput, pmpo_loss, token_logp
+from pmpo_kernels.verification import Case, make_case
 
 pytestmark = pytest.mark.gpu
 
@@ -18,36 +21,84 @@ def step(B: int, T: int, V: int = 1024, **options: object) -> torch.Tensor:
     return z.grad
 
 
-def test_no_synchronisation() -> None:
-    case = make_case(torch.bfloat16, B=4, T=8, V=1024, device="cuda")
-    config = LossConfig.pmpo(full_clip_fraction=0.5, beta=0.1, entropy_coef=0.01)
-    z = case.logits.requires_grad_()
-    for warm in (True, False):
-        torch.cuda.set_sync_debug_mode("default" if warm else "error")
-        try:
-            out = pmpo_loss(
-                z, case.token_ids, case.old_logp, case.advantages, mask=case.mask, ref_logp=case.ref_logp, config=config
-            )
-            out.loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+CONFIGS = {
+    "pmpo, all terms": LossConfig.pmpo(full_clip_fraction=0.5, beta=0.1, entropy_coef=0.01, temperature=0.7),
+    "gspo": LossConfig.gspo(),
+    "dapo": LossConfig.dapo(),
+}
+
+
+def call(case: Case, config: LossConfig, **options: object) -> tuple[PMPOOutput, torch.Tensor]:
+    """Loss and gradient of one call with every optional input."""
+    z = case.logits.detach().requires_grad_()
+    out = pmpo_loss(
+        z, case.token_ids, case.old_logp, case.advantages, mask=case.mask, ref_logp=case.ref_logp,
+        rollout_weights=case.rollout_weights, config=config, **options,
+    )  # fmt: skip
+    return out, torch.autograd.grad(out.loss, z)[0]
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_no_synchronisation(name: str, rows: str, layout: str) -> None:
+    case = make_case(torch.bfloat16, B=4, T=8 if rows == "few" else 128, V=20_000, device="cuda")
+    options = {}
+    if layout == "packed":
+        offsets = torch.arange(5, device="cuda") * case.token_ids.shape[1]
+        case = Case(*(t if t.dim() == 1 else t.flatten(0, 1) for t in case))
+        options = {"cu_seqlens": offsets}
+    call(case, CONFIGS[name], **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(case, CONFIGS[name], **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("T", [8, 128])
+def test_cuda_graph_replays_the_same_bits(name: str, T: int) -> None:
+    """Forward and backward captured once, replayed on other inputs: what a call on these gives."""
+    case, other = (make_case(torch.bfloat16, B=4, T=T, V=20_000, device="cuda", seed=seed) for seed in (0, 1))
+    static = Case(*(t.clone() for t in case))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call(static, CONFIGS[name])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, gradient = call(static, CONFIGS[name])
+    for inputs in (other, case):
+        for target, source in zip(static, inputs, strict=True):
+            target.copy_(source)
+        graph.replay()
+        want, want_gradient = call(inputs, CONFIGS[name])
+        same_bits(out, want)
+        assert torch.equal(gradient, want_gradient)
 
 
 def test_no_further_compiles_over_lengths() -> None:
+    """As `test_triton.py::test_no_further_compiles_over_lengths`, counted in Triton's own caches."""
     from pmpo_kernels.triton.dlogits import _dlogits_bwd_kernel
-    from pmpo_kernels.triton.token_logp import _token_logp_fwd_kernel
+    from pmpo_kernels.triton.token_logp import _token_logp_fwd_kernel, _token_logp_merge_kernel
     from pmpo_kernels.triton.trajectory import _trajectory_fwd_kernel
 
+    kernels = (_token_logp_fwd_kernel, _token_logp_merge_kernel, _trajectory_fwd_kernel, _dlogits_bwd_kernel)
+
     def compiled() -> list[int]:
-        kernels = (_token_logp_fwd_kernel, _trajectory_fwd_kernel, _dlogits_bwd_kernel)
         return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
 
-    step(4, 8)
+    V = 20_000
+    step(4, 8, V)
+    step(40, 32, V)
     before = compiled()
     for i in range(50):
-        step(4 + i % 7, 5 + i)
+        step(4 + i % 7, 5 + i, V)
     for config in (LossConfig.grpo(), LossConfig.gspo(), LossConfig.holder(-2.0), LossConfig.pmpo(temperature=0.7)):
-        step(4, 8, config=config)
+        step(4, 8, V, config=config)
     assert compiled() == before
 
 
@@ -62,14 +113,24 @@ def test_more_than_65535_tokens_a_row() -> None:
     assert (z.grad.abs().sum(-1) > 0).all()
 
 
-def test_more_than_2_31_elements() -> None:
-    T, V = 16_400, 131_072
+@pytest.mark.parametrize("V", [131_072, 131_075])
+def test_more_than_2_31_elements(V: int) -> None:
+    """In place and out of place; the last rows lie beyond 2^31 elements."""
+    T = 16_400
     z = torch.zeros(1, T, V, device="cuda", dtype=torch.bfloat16)
     z[0, -1, 5] = 3.0
     ids = torch.full((1, T), 5, device="cuda")
+    weight = torch.zeros(1, T, device="cuda")
+    weight[0, -1] = 1.0
     z.requires_grad_()
-    logp = token_logp(z, ids, inplace=True).logp
-    assert logp[0, -1].item() == pytest.approx(3.0 - (V - 1 + torch.tensor(3.0).exp()).log().item(), rel=1e-5)
-    logp[0, -1].backward()
-    assert z.grad[0, -1, 5].item() == pytest.approx(1.0, rel=1e-2)
-    assert (z.grad[0, -2] == 0).all()
+    total = V - 1 + math.exp(3.0)
+    for inplace in (False, True):
+        logp = token_logp(z, ids, inplace=inplace).logp
+        assert logp[0, -1].item() == pytest.approx(3.0 - math.log(total), rel=1e-5)
+        (gradient,) = torch.autograd.grad((logp * weight).sum(), z)
+        assert gradient[0, -1, 5].item() == pytest.approx(1.0, rel=1e-2)
+        assert gradient[0, -1, -1].item() == pytest.approx(-1 / total, rel=1e-2)
+        assert gradient[0, -1, 0].item() == pytest.approx(-1 / total, rel=1e-2)
+        assert (gradient[0, -2] == 0).all()
+        del gradient
+        torch.cuda.empty_cache()

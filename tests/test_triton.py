@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +131,17 @@ def test_vocabularies_of_real_models(V: int, dtype: torch.dtype) -> None:
     assert ((gradient - exact).gather(-1, at).abs() <= (bound + stored) * exact.gather(-1, at).abs()).all()
     error = (gradient - exact).scatter(-1, at, 0).norm(dim=-1)
     assert (error <= (2 * bound + stored) * exact.scatter(-1, at, 0).norm(dim=-1)).all()
+
+
+def test_no_further_compiles_over_lengths() -> None:
+    """Four vocabularies, 50 shapes (B, T), presets, temperatures, optional inputs there or not, slices of any alignment:
+    one variant of each kernel a vocabulary, one of the trajectory kernel in all."""
+    program = Path(__file__).with_name("launches.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert found["all"] == found["first"]
+    assert found["all"] == {
+        "_dlogits_bwd_kernel": 4, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_trajectory_fwd_kernel": 1,
+    }  # fmt: skip
