@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pmpo_kernels.reference import STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, BYTES_A_THREAD, OPTIONS, launch_config
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, launch_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +41,20 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 CASES = ((151_936, "bf16"), (151_936, "fp32"), (50_257, "bf16"), (50_257, "fp32"), (151_936, "fp16"), (151_936, "fp64"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS = 8192
+ROWS, TRAJECTORY_WARPS = 8192, 8
+SMALL = (
+    "logp",
+    "row_max",
+    "row_sum",
+    "entropy",
+    "dlogp",
+    "dentropy",
+    "old_logp",
+    "ref_logp",
+    "rollout_weights",
+    "lanes",
+)
+SHARED = {"token_ids_ptr": "*i64", "mask_ptr": "*u8", "cu_seqlens_ptr": "*i64", "stats_ptr": "*fp64"}
 
 
 class Kernel(NamedTuple):
@@ -50,47 +63,65 @@ class Kernel(NamedTuple):
     name: str
     function: Any
     pointers: dict[str, str]
-    constants: dict[str, int]
+    constants: dict[str, Any]
     num_warps: int
     step: int
     threads: int
 
 
+def module(stage: str) -> Any:
+    return importlib.import_module(f"pmpo_kernels.triton.{stage}")
+
+
 def kernels(arch: str) -> Iterator[Kernel]:
     """Every combination in use on an architecture."""
-    modules = {
-        name: importlib.import_module(f"pmpo_kernels.triton.{name}") for name in ("token_logp", "trajectory", "dlogits")
-    }
-    warp = TARGETS[arch].warp_size
-    small = ("logp", "row_max", "row_sum", "entropy", "dlogp", "dentropy", "old_logp", "ref_logp", "rollout_weights")
-    shared = {"token_ids_ptr": "*i64", "mask_ptr": "*u8", "cu_seqlens_ptr": "*i64", "stats_ptr": "*fp64"}
     for V, dtype in CASES:
-        result = "*fp64" if dtype == "fp64" else "*fp32"
-        pointers = shared | {f"{name}_ptr": result for name in (*small, "lanes")}
-        pointers |= {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-        size = DTYPES[dtype].itemsize
-        config = launch_config(V, DTYPES[dtype], arch, ROWS)
-        block, warps, _ = config.token_logp
-        aligned = 16 // size if V * size % 16 == 0 else 1
-        constants = {"V": V, "BLOCK_V": block, "LANES": block * size // BYTES_A_THREAD, "VECTOR": aligned}
-        module = modules["token_logp"]
-        for name, function in (
-            ("token_logp", module._token_logp_fwd_kernel),
-            ("token_logp merge", module._token_logp_merge_kernel),
-        ):
-            yield Kernel(f"{name} {dtype} V={V}", function, pointers, constants, warps, block, warps * warp)
-        block, warps, _ = config.dlogits
-        for vector in (16 // size, 1):
-            name = f"dlogits {dtype} V={V}" + (" unlike alignments" if vector == 1 else "")
-            constants = {"V": V, "BLOCK_V": block, "VECTOR": vector}
-            function = modules["dlogits"]._dlogits_bwd_kernel
-            yield Kernel(name, function, pointers, constants, warps, block, warps * warp)
+        yield from vocabulary_kernels(arch, V, dtype, launch_config(V, DTYPES[dtype], arch, ROWS))
     for dtype in ("fp32", "fp64"):
-        pointers = shared | {f"{name}_ptr": f"*{dtype}" for name in (*small, "advantages")}
+        pointers = SHARED | {f"{name}_ptr": f"*{dtype}" for name in (*SMALL, "advantages")}
         pointers |= {f"{name}_ptr": "*fp64" for name in ("power", "target_ess", "dlogp", "dentropy")}
         constants = {"BLOCK": BLOCK_TOKENS, "NUM_STATS": len(STATS)}
-        function = modules["trajectory"]._trajectory_fwd_kernel
-        yield Kernel(f"trajectory {dtype}", function, pointers, constants, 8, BLOCK_TOKENS, 8 * warp)
+        function = module("trajectory")._trajectory_fwd_kernel
+        threads = TRAJECTORY_WARPS * TARGETS[arch].warp_size
+        yield Kernel(f"trajectory {dtype}", function, pointers, constants, TRAJECTORY_WARPS, BLOCK_TOKENS, threads)
+
+
+def vocabulary_kernels(arch: str, V: int, dtype: str, config: LaunchConfig) -> Iterator[Kernel]:
+    """token_logp and its merge; dlogits where rows of logits and gradient lie alike to 16-byte boundaries, and where not."""
+    warp, size = TARGETS[arch].warp_size, DTYPES[dtype].itemsize
+    pointers = SHARED | {f"{name}_ptr": "*fp64" if dtype == "fp64" else "*fp32" for name in SMALL}
+    pointers |= {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    block, lanes, warps, _, evict = config.token_logp
+    constants = {
+        "V": V,
+        "BLOCK_V": block,
+        "LANES": lanes,
+        "VECTOR": 16 // size if V * size % 16 == 0 else 1,
+        "EVICT": evict,
+    }
+    stage = module("token_logp")
+    for name, function in (
+        ("token_logp", stage._token_logp_fwd_kernel),
+        ("token_logp merge", stage._token_logp_merge_kernel),
+    ):
+        yield Kernel(f"{name} {dtype} V={V}", function, pointers, constants, warps, block, warps * warp)
+    block, _, warps, _, evict = config.dlogits
+    function = module("dlogits")._dlogits_bwd_kernel
+    for suffix, vector in (("", 16 // size), (" unlike alignments", 1)):
+        constants = {"V": V, "BLOCK_V": block, "VECTOR": vector, "EVICT": evict}
+        yield Kernel(f"dlogits {dtype} V={V}{suffix}", function, pointers, constants, warps, block, warps * warp)
+
+
+def alternatives(arch: str, V: int, dtype: str) -> Iterator[tuple[dict[str, Any], Kernel]]:
+    """(what differs from the default, kernel) for other numbers of threads and bytes a thread."""
+    for threads in (128, 256, 512):
+        for forward, backward in ((32, 16), (64, 32), (128, 64)):
+            config = launch_config(V, DTYPES[dtype], arch, ROWS, threads=threads, bytes_a_thread=(forward, backward))
+            for kernel in vocabulary_kernels(arch, V, dtype, config):
+                stage, _, rest = kernel.name.partition(f" {dtype} ")
+                if rest == f"V={V}" and stage in ("token_logp", "dlogits"):
+                    size = forward if stage == "token_logp" else backward
+                    yield {"threads": threads, "bytes_a_thread": size}, kernel
 
 
 def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
@@ -131,22 +162,35 @@ def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
     )
     spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
     found = {"spills": spills, "reported": 1, "registers": registers, "widths": dict(widths)}
-    if not kernel.name.startswith("trajectory"):
-        found["loop"] = hot_loop(sass, kernel)
+    bodies = loop_bodies(sass)
+    if kernel.name.startswith("trajectory"):
+        found["passes"] = [token_pass(body, kernel) for body in bodies if any(op.startswith("LDG") for op in body)]
+    else:
+        found["loop"] = hot_loop(bodies, kernel)
     return found
 
 
-def hot_loop(sass: str, kernel: Kernel) -> dict[str, Any]:
-    """The innermost loop that loads most: instructions a column (all; exponentials; comparisons, selections, conversions and
-    integers), bytes that a thread loads a step, and how many loads stand before the first arithmetic on floats."""
+def loop_bodies(sass: str) -> list[list[str]]:
+    """The operations of each innermost loop."""
     lines = [re.sub(r"/\*[^*]*\*/", "", line).strip() for line in sass.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    bodies = []
-    for i, line in enumerate(lines):
-        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if jump and labels[jump[1]] < i:
-            body = [text for text in lines[labels[jump[1]] + 1 : i + 1] if text and not text.endswith(":")]
-            bodies.append([re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";") for text in body])
+    jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
+    loops = [(labels[jump[1]] + 1, i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    operations = [[text for text in lines[a:b] if text and not text.endswith(":")] for a, b in inner]
+    return [[re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";") for text in body] for body in operations]
+
+
+def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
+    """One pass of the trajectory kernel: instructions a token, and of these float64."""
+    tokens = kernel.step / kernel.threads
+    doubles = sum(bool(re.match(r"D(ADD|MUL|FMA|SETP)", op)) for op in body)
+    return {"instructions": len(body) / tokens, "float64": doubles / tokens}
+
+
+def hot_loop(bodies: list[list[str]], kernel: Kernel) -> dict[str, Any]:
+    """The loop that loads most: instructions a column (all; exponentials; comparisons, selections, conversions and integers),
+    bytes that a thread loads a step, and how many loads stand before the first arithmetic on floats."""
     body = max(bodies, key=lambda body: (sum(op.startswith("LDG") for op in body), -len(body)), default=[])
     columns = kernel.step / kernel.threads
     loads = [op for op in body if op.startswith("LDG")]
@@ -191,9 +235,15 @@ def main(
         return
     from pmpo_kernels.benchmarking.machine import provenance
 
-    found = [b for arch in track(chosen, "compiling", console=Console(stderr=True)) for b in binaries(arch)]
+    console = Console(stderr=True)
+    found = [b for arch in track(chosen, "compiling", console=console) for b in binaries(arch)]
+    target, compared = TARGETS["sm_90"], list(alternatives("sm_90", 151_936, "bf16"))
+    others = [
+        {"kernel": kernel.name, **setting, **inspect(compile_kernel(kernel, target), kernel, target)}
+        for setting, kernel in track(compared, "alternatives", console=console)
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**provenance(), "binaries": found}, indent=1) + "\n")
+    out.write_text(json.dumps({**provenance(), "binaries": found, "alternatives": others}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

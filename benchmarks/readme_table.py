@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from roofline import H200, predict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ROWS, WIDTH = 8192, {"bf16": 2, "fp32": 4}
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 Content = dict[str, Any]
 
@@ -144,10 +146,45 @@ def stages(content: Content) -> str:
     return "\n".join(lines)
 
 
+def predictions(content: Content) -> str:
+    """The binaries of the vocabulary kernels beside the floor of an H200, as its data sheet has it."""
+    header = ["kernel", "registers", "threads a multiprocessor", "KiB loading", "covers ns", "instructions a column"]
+    header += ["floor by bytes, ms", "by instructions", "by exponentials", "predicted, ms"]
+    rows = []
+    for binary in content["binaries"]:
+        stage, dtype, vocab = (*binary["kernel"].split(), "", "")[:3]
+        if (
+            binary["arch"] != "sm_90"
+            or not vocab.startswith("V=")
+            or "unlike" in binary["kernel"]
+            or dtype not in WIDTH
+        ):
+            continue
+        V = int(vocab[2:])
+        found = predict(binary, H200, ROWS * V, WIDTH[dtype] * (1 if stage == "token_logp" else 2))
+        cells = [f"{stage}, {dtype}, V = {V:,}", str(binary["registers"]), f"{found.resident_threads:,}"]
+        cells += [f"{found.bytes_in_flight / 2**10:.0f}", f"{found.covered_ns:,.0f}"]
+        cells += [f"{binary['loop']['instructions']:.1f}"]
+        rows.append([*cells, *map(ms, (found.by_bytes, found.by_instructions, found.by_exponentials, found.ms))])
+    versions = content["versions"]
+    spilled = sum(binary["spills"] for binary in content["binaries"])
+    count = len(content["binaries"])
+    lines = [
+        f"Predicted for an {H200.name} (not measured), {ROWS:,} rows, binaries of sm_90 by triton {versions['triton']}, "
+        f"{content['date'][:10]}:",
+        "",
+        *table(header, rows),
+        "",
+        f"Spilled in all {count} binaries (sm_80, sm_90, sm_100, gfx942): {spilled} bytes.",
+    ]
+    return "\n".join(lines)
+
+
 def performance() -> str:
     """Everything between the two markers of docs/performance.md."""
     files = load("stages.json")
-    parts = [
+    parts = [predictions(json.loads((RESULTS / "binaries.json").read_text()))]
+    parts += [
         f"{stages(c)}\n\n![Stages and floors](../{p.with_suffix('.png').relative_to(ROOT).as_posix()})"
         for p, c in files.items()
     ]

@@ -33,11 +33,12 @@ def test_launch_config(capability: str, dtype: torch.dtype) -> None:
     for V in (2, 63, 64, 1000, 32_001, 49_152, 50_257, 128_256, 151_936, 262_144):
         few, many = (launch_config(V, dtype, capability, rows) for rows in (1, 100_000))
         for a, b in zip(few, many, strict=True):
-            assert a[:2] == b[:2]
+            assert a[:3] == b[:3]
             assert b.parts == 1 <= a.parts <= math.ceil(V / a.BLOCK_V)
             assert math.log2(a.BLOCK_V).is_integer()
             assert 64 <= a.BLOCK_V <= 16384 // dtype.itemsize
-            assert warp <= warp * a.num_warps <= 256
+            assert a.num_warps == max(1, a.threads // warp)
+            assert a.threads <= 256
         assert few.token_logp.parts == math.ceil(V / few.token_logp.BLOCK_V)
         enough = 2 * MULTIPROCESSORS.get(capability, 128)
         assert launch_config(V, dtype, capability, enough).dlogits.parts == 1
@@ -59,8 +60,8 @@ def force(monkeypatch: pytest.MonkeyPatch, parts: int | None) -> None:
         forward = math.ceil(V / config.token_logp.BLOCK_V)
         backward = math.ceil(V / config.dlogits.BLOCK_V)
         return LaunchConfig(
-            VocabLaunch(*config.token_logp[:2], 1 if parts == 1 else forward),
-            VocabLaunch(*config.dlogits[:2], min(parts or backward, backward)),
+            VocabLaunch(*config.token_logp[:3], 1 if parts == 1 else forward),
+            VocabLaunch(*config.dlogits[:3], min(parts or backward, backward)),
         )
 
     monkeypatch.setattr(token_logp_module, "launch_config", forced)

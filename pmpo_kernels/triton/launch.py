@@ -18,17 +18,19 @@ OPTIONS = {"enable_fp_fusion": True}
 # Trajectory tokens a step: fixed, so that a trajectory's sums have the same order in every batch.
 BLOCK_TOKENS = 1024
 
-# What a thread of token_logp loads a step: four 16-byte loads in flight, and the work on the running sums spread over 32
-# (bfloat16) elements.
-BYTES_A_THREAD = 64
+# Multiprocessors of the largest product of each architecture.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}
 
 
 class VocabLaunch(NamedTuple):
-    """One kernel over (rows, V): `BLOCK_V` columns a step, `num_warps`, `parts` programs a row."""
+    """One kernel over (rows, V): `BLOCK_V` columns a step by `threads` in `num_warps`, `parts` programs a row, `evict` the
+    cache's policy for logits and gradient ("" is the default one)."""
 
     BLOCK_V: int
+    threads: int
     num_warps: int
     parts: int
+    evict: str = ""
 
 
 class LaunchConfig(NamedTuple):
@@ -38,32 +40,40 @@ class LaunchConfig(NamedTuple):
     dlogits: VocabLaunch
 
 
-# Multiprocessors of the largest product of each architecture.
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}
-
-
-def launch_config(V: int, dtype: torch.dtype, capability: str, rows: int) -> LaunchConfig:
+def launch_config(
+    V: int,
+    dtype: torch.dtype,
+    capability: str,
+    rows: int,
+    *,
+    threads: int = 256,
+    bytes_a_thread: tuple[int, int] = (64, 32),
+) -> LaunchConfig:
     """Settings for logits (rows, V) on an architecture such as "sm_90" or "gfx942"; pure, needs no GPU.
 
     Of these only `parts` depends on the number of rows, and it changes no bit: `token_logp` merges block by block in one
-    order however many programs share a row, and the columns of `dlogits` do not depend on each other. No setting has been
-    timed (benchmarks/results/PENDING.md); the reasons are figures of the binaries, see docs/performance-gpu.md.
+    order however many programs share a row, and the columns of `dlogits` do not depend on each other. `threads` a program
+    and what each loads a step, in bytes (token_logp, dlogits), can be given to compare. None of the defaults has been timed
+    (benchmarks/results/PENDING.md): their reasons are figures of the binaries, in docs/performance.md.
     """
     warp = 64 if capability.startswith("gfx") else 32
 
-    def launch(bytes_a_thread: int) -> tuple[int, int]:
-        most = 256 * bytes_a_thread // dtype.itemsize
+    # token_logp, 64 bytes: four 16-byte loads under way, and the work on a lane's sums spread over 32 bfloat16 columns (9.8
+    # instructions each; 10.5 with 32 bytes; 9.5 with 128, but 128 registers, so that 512 threads are resident instead of
+    # 768). dlogits, 32 bytes: 32 registers, so that 2,048 threads are resident; with 64 the compiler no longer starts every
+    # load before the first use.
+    def launch(size: int) -> tuple[int, int, int]:
+        most = threads * size // dtype.itemsize
         block = min(max(triton.next_power_of_2(V), 64), most)
-        return block, max(1, 256 * block // most // warp)
+        return block, threads * block // most, max(1, threads * block // most // warp)
 
-    # dlogits keeps results beside inputs: half as much.
-    forward, backward = launch(BYTES_A_THREAD), launch(BYTES_A_THREAD // 2)
-    # Two programs of 8 warps with 64 bytes a thread in flight are 32 KiB a multiprocessor, about what the memory latency
-    # asks for; with fewer rows than that, several programs share a row.
+    forward, backward = (launch(size) for size in bytes_a_thread)
+    # Two programs of 256 threads with 64 bytes each under way are 32 KiB a multiprocessor, which at an H200's 36 bytes a ns
+    # and multiprocessor covers 0.9 us of latency; with fewer rows than that, several programs share a row.
     wanted = 2 * MULTIPROCESSORS.get(capability, 128)
-    blocks = triton.cdiv(V, forward[0])
-    split = 1 if rows >= wanted else blocks
-    parts = 1 if rows >= wanted else min(triton.cdiv(wanted, max(rows, 1)), triton.cdiv(V, backward[0]))
+    many = rows >= wanted
+    split = 1 if many else triton.cdiv(V, forward[0])
+    parts = 1 if many else min(triton.cdiv(wanted, max(rows, 1)), triton.cdiv(V, backward[0]))
     return LaunchConfig(VocabLaunch(*forward, split), VocabLaunch(*backward, parts))
 
 
@@ -77,16 +87,11 @@ def capability(device: torch.device) -> str:
     return name if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
-def vector(*rows: Tensor) -> int:
-    """Elements of one 16-byte access if every row of these (B, S, V) tensors starts and ends on such a boundary, else 1.
-
-    Row strides are passed in this unit and multiplied by it, a constant, inside the kernel: so the compiler knows that
-    rows are aligned, and masked accesses are 128 bits wide.
-    """
-    wide = 16 // rows[0].element_size()
-    sizes = [size for t in rows for size in (t.shape[-1], t.stride(0), t.stride(1))]
-    aligned = all(size % wide == 0 for size in sizes) and all(t.data_ptr() % 16 == 0 for t in rows)
-    return wide if aligned else 1
+def vector(logits: Tensor) -> int:
+    """Elements of one 16-byte access if every row of (B, S, V) logits starts and ends on such a boundary, else 1."""
+    wide = 16 // logits.element_size()
+    sizes = (logits.shape[-1], logits.stride(0), logits.stride(1))
+    return wide if all(size % wide == 0 for size in sizes) and logits.data_ptr() % 16 == 0 else 1
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pmpo_kernels.triton.launch import (
-    BYTES_A_THREAD,
     OPTIONS,
     capability,
     launch_config,
@@ -91,14 +90,23 @@ def _write_masked_row(row, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr):
     tl.store(entropy_ptr + row, 0.0)
 
 
+@triton.jit
+def _row_ptr(logits_ptr, row, T, stride_logits_b, stride_logits_t, VECTOR: tl.constexpr):
+    """Where a row begins: on a boundary of VECTOR elements, which the compiler cannot know from the strides."""
+    ACCESS: tl.constexpr = VECTOR * logits_ptr.dtype.element_ty.primitive_bitwidth // 8  # bytes
+    return tl.multiple_of(logits_ptr + (row // T) * stride_logits_b + (row % T) * stride_logits_t, ACCESS)
+
+
+_POINTERS = ["logits_ptr", "token_ids_ptr", "mask_ptr", "lanes_ptr"]
 _RUN_TIME = ["T", "stride_logits_b", "stride_logits_t", "has_mask", "parts"]
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr", "mask_ptr", "lanes_ptr"], do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize_on_alignment=_POINTERS, do_not_specialize=_RUN_TIME)
 def _token_logp_fwd_kernel(
     logits_ptr, token_ids_ptr, mask_ptr, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, lanes_ptr,
     T: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, has_mask: tl.int32, parts: tl.int32,
     temperature: tl.float64, V: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, part = (program // parts).to(tl.int64), program % parts
@@ -107,7 +115,7 @@ def _token_logp_fwd_kernel(
         if parts == 1:
             _write_masked_row(row, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr)
     else:
-        logits_row_ptr = logits_ptr + ((row // T) * stride_logits_b + (row % T) * stride_logits_t) * VECTOR
+        logits_row_ptr = _row_ptr(logits_ptr, row, T, stride_logits_b, stride_logits_t, VECTOR)
         scale = (1.0 / scalar(temperature) * _LOG2E).to(dtype)
         STEPS: tl.constexpr = BLOCK_V // LANES // VECTOR
         BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -117,12 +125,12 @@ def _token_logp_fwd_kernel(
         m, s, u = _no_lanes(LANES, dtype)
         cols = tl.arange(0, BLOCK_V)
         for block in range(first, tl.minimum(last, FULL)):
-            z = tl.load(logits_row_ptr + block * BLOCK_V + cols).to(dtype)
+            z = tl.load(logits_row_ptr + block * BLOCK_V + cols, eviction_policy=EVICT).to(dtype)
             block_m, block_s, block_u = _block_sums(z, scale, STEPS, LANES, VECTOR)
             m, s, u = _merge(m, s, u, block_m, block_s, block_u, scale)
         if last > FULL:
             tail = FULL * BLOCK_V + cols
-            z = tl.load(logits_row_ptr + tail, mask=tail < V, other=float("-inf")).to(dtype)
+            z = tl.load(logits_row_ptr + tail, mask=tail < V, other=float("-inf"), eviction_policy=EVICT).to(dtype)
             block_m, block_s, block_u = _block_sums(z, scale, STEPS, LANES, VECTOR)
             m, s, u = _merge(m, s, u, block_m, block_s, block_u, scale)
         if parts == 1:
@@ -136,11 +144,12 @@ def _token_logp_fwd_kernel(
             tl.store(block_ptr + 2 * LANES, u)
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr", "mask_ptr", "lanes_ptr"], do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize_on_alignment=_POINTERS, do_not_specialize=_RUN_TIME)
 def _token_logp_merge_kernel(
     logits_ptr, token_ids_ptr, mask_ptr, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, lanes_ptr,
     T: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, has_mask: tl.int32, parts: tl.int32,
     temperature: tl.float64, V: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     """The blocks of a row that were programs of their own, merged as one program would have merged them."""
     row = tl.program_id(0).to(tl.int64)
@@ -148,7 +157,7 @@ def _token_logp_merge_kernel(
     if tl.load(mask_ptr + row, mask=has_mask != 0, other=1) == 0:
         _write_masked_row(row, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr)
     else:
-        logits_row_ptr = logits_ptr + ((row // T) * stride_logits_b + (row % T) * stride_logits_t) * VECTOR
+        logits_row_ptr = _row_ptr(logits_ptr, row, T, stride_logits_b, stride_logits_t, VECTOR)
         scale = (1.0 / scalar(temperature) * _LOG2E).to(dtype)
         block_ptr = lanes_ptr + row * parts * 3 * LANES + tl.arange(0, LANES)
         m, s, u = _no_lanes(LANES, dtype)
@@ -177,13 +186,12 @@ def token_logp(
         return logp, row_max, row_sum, entropy
     wide = vector(logits)
     launch = launch_config(V, logits.dtype, capability(logits.device), rows).token_logp
-    lanes = launch.BLOCK_V * logits.element_size() // BYTES_A_THREAD
-    scratch = logp if launch.parts == 1 else logp.new_empty(rows * launch.parts, 3, lanes)
+    scratch = logp if launch.parts == 1 else logp.new_empty(rows * launch.parts, 3, launch.threads)
     arguments = (
         logits, token_ids, mask, *results, scratch, token_ids.shape[1],
-        logits.stride(0) // wide, logits.stride(1) // wide, has_mask, launch.parts, temperature,
+        logits.stride(0), logits.stride(1), has_mask, launch.parts, temperature,
     )  # fmt: skip
-    constants = {"V": V, "BLOCK_V": launch.BLOCK_V, "LANES": lanes, "VECTOR": wide}
+    constants = {"V": V, "BLOCK_V": launch.BLOCK_V, "LANES": launch.threads, "VECTOR": wide, "EVICT": launch.evict}
     with on_device(logits):
         _token_logp_fwd_kernel[(rows * launch.parts,)](*arguments, **constants, num_warps=launch.num_warps, **OPTIONS)
         if launch.parts > 1:
