@@ -12,18 +12,29 @@ import peers
 import pytest
 import run
 import torch
+from run_report import RunReport, summary_table
 from suites import MODELS, Suite, choose, suite
 from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig, verification
 from pmpo_kernels.baseline import eager_pmpo_loss
-from pmpo_kernels.benchmarking import accuracy, inputs, traffic
+from pmpo_kernels.benchmarking import accuracy, inputs, measure, traffic
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
-from pmpo_kernels.benchmarking.comparison import Comparison, compare, host_overhead, steps
+from pmpo_kernels.benchmarking.comparison import Comparison, Spread, compare, host_overhead, steps
 from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs, flat_trajectory
 from pmpo_kernels.benchmarking.measure import Bench, rotating
-from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, PEER, LossFunction, Variant, build_eager, variants
+from pmpo_kernels.benchmarking.report import Report, write_json
+from pmpo_kernels.benchmarking.variants import (
+    COMPILED,
+    EAGER,
+    PEER,
+    LossFunction,
+    Variant,
+    build_eager,
+    fused_variants,
+    variants,
+)
 from pmpo_kernels.reference import STATS
 from pmpo_kernels.verification import ThreePartError
 
@@ -79,6 +90,13 @@ def test_no_log_ratio_is_near_a_bound(preset: Preset) -> None:
     assert d.abs().max() < 1
 
 
+def test_the_usual_case_solves_p_between_its_limits() -> None:
+    i = build_inputs(Case(vocab=40, batch=8, tokens=512))
+    assert i.power is not None
+    power = i.power[i.advantages != 0]
+    assert 0.2 < float(power.min()) <= float(power.max()) < 1
+
+
 def test_inputs_do_not_depend_on_how_often_they_are_built_and_look_like_a_model() -> None:
     case = Case(vocab=2000, batch=8, tokens=64)
     i = build_inputs(case)
@@ -102,7 +120,7 @@ def test_suites_have_every_model_and_fit_their_devices() -> None:
     assert {case.model for case in cases} == set(MODELS)
     assert {case.tokens for case in cases} >= {512, 1024, 4096, 32768}
     chosen = choose(Suite.quick, "cuda", [], [Dtype.float32], [], [16, 16, 32], None, {"padded": 0.0})
-    assert [case.name for case in chosen] == [f"qwen2.5-8x{T}-float32-grpo-p0-c0.1-z0.125" for T in (16, 32)]
+    assert [case.name for case in chosen] == [f"qwen2.5-8x{T}-float32-grpo-p0-c0.05-z0.125" for T in (16, 32)]
 
 
 # --- the model of the traffic ----------------------------------------------------------------------------------------
@@ -261,6 +279,42 @@ def test_every_run_starts_from_the_same_logits() -> None:
     assert all(torch.equal(z, i.logits) for z in seen)
 
 
+def test_on_a_gpu_each_region_starts_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward apart, then both without a flush between them; the times are those between the events."""
+    bench, happened = Bench(build_inputs(replace(SMALL, device="cpu"))), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = -1
+
+        def record(self) -> None:
+            self.at = len(happened)
+            happened.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return float(other.at - self.at)
+
+    class Step(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            happened.append("forward")
+            return z.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            happened.append("backward")
+            return grad.expand(bench.logits.shape)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "settle", lambda cuda: happened.append("flush") if cuda else None)
+    bench.cuda = True
+    times = bench.time(lambda z, i: Step.apply(z))
+    apart = ["flush", "event", "forward", "event", "flush", "event", "backward", "event"]
+    assert happened == [*apart, "flush", "event", "forward", "backward", "event"]
+    assert times[:3] == (2.0, 2.0, 3.0)
+
+
 def test_host_overhead_is_that_of_rows_that_can_be_timed() -> None:
     untimed = replace(EAGER, name="untimed", untimed="interpreter")
     assert list(host_overhead(SMALL, [EAGER, COMPILED, untimed], 2)) == [EAGER.name]
@@ -386,9 +440,25 @@ def test_run_names_a_bad_option(option: str, value: str, expected: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
-    from pmpo_kernels.benchmarking.report import write_json
+def test_the_summary_has_the_backward_over_that_of_the_full_case() -> None:
+    fused = fused_variants("triton" if DEVICE == "cuda" else "cpp")[0]
+    full = replace(SMALL, padded=0.0, clipped=0.0, zero_advantage=0.0, preset=Preset.grpo)
+    reports = []
+    for case, backward in ((full, 4.0), (replace(full, clipped=0.5), 3.0), (replace(full, preset=Preset.dapo), 1.0)):
+        found = compared(case, fused)
+        (timing,) = found.rows[0].timings.values()
+        timing.backward, timing.both = Spread.of([backward]), Spread.of([8.0])
+        found.stages["trajectory"] = Spread.of([0.25])
+        reports.append(RunReport(Report(case, 1, found, {}), run.allocators(DEVICE)[-1], {}))
+    table = summary_table(reports)
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["backward of full"] == ["1.00x", "0.75x", "1.00x"]
+    assert cells["rows without gradient"] == ["0%", "50%", "0%"]
+    assert cells["trajectory"] == ["3.1%"] * 3
+    assert cells["backward ms"] == ["4", "3", "1"]
 
+
+def test_an_error_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
     write_json({"parts": ThreePartError(float("inf"), 0.0, 1.0)._asdict()}, tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text()) == {
         "parts": {"target": None, "off_target": 0.0, "row_sum": 1.0}

@@ -36,8 +36,8 @@ class Case:
     """Shape (batch, tokens, vocab), dtype, loss and device of one comparison; the same case has the same inputs.
 
     padded: fraction of the batch x tokens positions. zero_advantage: of the trajectories. clipped: of the response tokens
-    whose advantage is not 0; where the preset clips whole trajectories, of those trajectories. `model` is a name for
-    the vocabulary.
+    whose advantage is not 0; where the preset clips whole trajectories, of those trajectories. As usual it is half of PMPO's
+    full_clip_fraction, so that p is solved between its limits. `model` is a name for the vocabulary.
 
     Raises:
         ValueError: a fraction out of its range.
@@ -51,7 +51,7 @@ class Case:
     device: str = "cpu"
     seed: int = 0
     padded: float = 0.1
-    clipped: float = 0.1
+    clipped: float = 0.05
     zero_advantage: float = 0.125
     model: str | None = None
 

@@ -40,7 +40,7 @@ class Bench:
     """
 
     def __init__(self, inputs: Inputs, one_more: bool = False) -> None:
-        self.inputs = inputs
+        self.inputs, self.cuda = inputs, inputs.logits.is_cuda
         B, T, V = inputs.logits.shape
         self.logits = inputs.logits.new_empty(B, T + one_more, V)
         self.logits[:, T:].normal_()
@@ -61,29 +61,29 @@ class Bench:
     def time(self, f: LossFunction) -> Times:
         """One forward and backward, timed apart, and on a GPU another, timed together."""
         logits = self.restore()
-        mark, milliseconds = clock(logits.is_cuda)
+        mark, milliseconds = clock(self.cuda)
         faults = page_faults()
         mark()
         loss = f(logits, self.inputs)
         mark()
-        settle(logits.is_cuda)
+        settle(self.cuda)
         mark()
         gradient = torch.autograd.grad(loss, logits)
         mark()
         forward, _, backward = milliseconds()
         after = page_faults()
         del gradient, loss
-        both = self._together(f) if logits.is_cuda else forward + backward
+        both = self._together(f) if self.cuda else forward + backward
         return Times(forward, backward, both, None if faults is None or after is None else after - faults)
 
     def _together(self, f: LossFunction) -> float:
         logits = self.restore()
-        return lap(lambda: torch.autograd.grad(f(logits, self.inputs), logits), logits.is_cuda)
+        return lap(lambda: torch.autograd.grad(f(logits, self.inputs), logits), self.cuda)
 
     def host(self, f: LossFunction) -> float:
         """Microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
         logits = self.restore()
-        if logits.is_cuda:
+        if self.cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
         gradient = torch.autograd.grad(f(logits, self.inputs), logits)
@@ -95,7 +95,7 @@ class Bench:
         """Milliseconds of one read of the logits and of one copy into memory that is there already."""
         source, target = self.inputs.logits, self.logits.detach()
         words = source.flatten().view(torch.int32 if source.numel() % 2 == 0 else source.dtype)
-        return {"read": lap(words.amax, source.is_cuda), "copy": lap(lambda: target.copy_(source), source.is_cuda)}
+        return {"read": lap(words.amax, self.cuda), "copy": lap(lambda: target.copy_(source), self.cuda)}
 
 
 def lap(f: Callable[[], object], cuda: bool) -> float:
