@@ -143,6 +143,7 @@ def test_a_comparison_counts_the_rows_itself() -> None:
     found = compared(case, EAGER)
     assert found.gradient_rows == 10  # of 40 rows 20 have advantage 0, and half of the others are clipped
     assert found.traffic == (40 * 60 * 4, (10 + 40) * 60 * 4)
+    assert compared(replace(case, padded=0.25), EAGER).traffic.forward == 30 * 60 * 4
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -174,6 +175,7 @@ def test_the_chunked_check_is_the_oracles(preset: Preset, dtype: Dtype, monkeypa
     assert found.loss == pytest.approx(1e-3)
     right = accuracy.errors(want.loss, want.grad, i, exact, config)
     assert max(*right.gradient, right.loss) < 1e-10
+    assert accuracy.errors(want.loss * torch.nan, want.grad, i, exact, config).loss == torch.inf
 
 
 def wrong_gradients(want: verification.Oracle, i: Inputs) -> dict[str, Tensor]:
@@ -205,12 +207,13 @@ def test_the_check_rejects_wrong_gradients(dtype: Dtype, fused: bool) -> None:
 
 
 def scaled(factor: float, where: str) -> Callable[[LossConfig], LossFunction]:
-    """The baseline with its loss, or only its gradient, off by a factor."""
+    """The baseline with only its loss, or only its gradient, off by a factor."""
 
     def build(config: LossConfig) -> LossFunction:
         def loss(z: Tensor, i: Inputs) -> Tensor:
             right = build_eager(config)(z, i)
-            return factor * right if where == "loss" else right + (factor - 1) * (right - right.detach())
+            more = right.detach() if where == "loss" else right - right.detach()
+            return right + (factor - 1) * more
 
         return loss
 
@@ -224,6 +227,7 @@ def test_a_wrong_row_has_no_times() -> None:
     assert [bool(row.timings) for row in found.rows] == [True, False, False]
     exact = accuracy.exact(build_inputs(SMALL), SMALL.config)
     assert found.rows[1].loss_error == pytest.approx(0.05 * abs(exact.loss) / exact.loss_scale, rel=1e-3)
+    assert found.rows[1].gradient_error == pytest.approx(found.rows[0].gradient_error)
     assert found.rows[2].gradient_error == pytest.approx(0.05, rel=1e-3)
     assert found.wrong
 
