@@ -102,7 +102,7 @@ def caption(report: RunReport) -> str:
         parts.append(f"Trajectory stage: {report.trajectory_share:.1%} of forward and backward.")
     parts.append("Host: forward and backward on a tiny batch, without waiting for a GPU.")
     if base.case.config.power == "ess":
-        parts.append(f"{P_NOTE}, as does no other package.")
+        parts.append(f"{P_NOTE}.")
     return " ".join(parts)
 
 

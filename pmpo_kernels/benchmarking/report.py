@@ -16,7 +16,7 @@ from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import TIME_METHOD
 from pmpo_kernels.benchmarking.memory import MEMORY_METHOD
 
-P_NOTE = "p is given to eager PyTorch and torch.compile (solved beforehand, not timed); the fused rows solve it"
+P_NOTE = "p is given to the rows that are not fused (solved beforehand, not timed); the fused rows solve it"
 
 
 @dataclass(frozen=True)
