@@ -7,18 +7,12 @@ from functools import cache
 import pytest
 import torch
 
-from pmpo_kernels.benchmarking.cases import (
-    EAGER,
-    Case,
-    Dtype,
-    LossFunction,
-    Variant,
-    build_inputs,
-    loss_function,
-    variants,
-)
+from pmpo_kernels.benchmarking.accuracy import Exact, exact
+from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Row, check
+from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.measure import Bench
+from pmpo_kernels.benchmarking.variants import LossFunction, Variant, variants
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = {"cpu": 8, "cuda": 512}
@@ -26,14 +20,11 @@ VOCABS = (8192, 49152)
 
 
 @cache
-def bench_of(vocab: int, dtype: Dtype) -> tuple[Case, Bench, float | None]:
-    """The case, its inputs, and the gradient error of eager PyTorch, which bounds the others' in bfloat16."""
+def bench_of(vocab: int, dtype: Dtype) -> tuple[Case, Bench, Exact]:
+    """The case, its inputs, and what float64 says."""
     case = Case(vocab=vocab, batch=8, tokens=TOKENS[DEVICE], dtype=dtype, device=DEVICE)
     bench = Bench(build_inputs(case))
-    row = Row(EAGER.name, EAGER.group)
-    check(row, bench, loss_function(EAGER, case.config), case, None)
-    assert not row.problem, row
-    return case, bench, row.gradient_error
+    return case, bench, exact(bench.inputs, case.config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -48,10 +39,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @cache
 def checked_once(vocab: int, dtype: Dtype, variant: Variant) -> tuple[Row, LossFunction]:
     """A variant's check and its function, compiled once for the three benchmarks that use it."""
-    case, bench, eager_error = bench_of(vocab, dtype)
-    f = loss_function(variant, case.config)
+    case, bench, want = bench_of(vocab, dtype)
+    f = variant.build(case.config)
     row = Row(variant.name, variant.group)
-    check(row, bench, f, case, None if variant == EAGER else eager_error)
+    check(row, bench, f, case, want)
     return row, f
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: tests, compute-sanitizer, verify, bench. Continues after a failure; exits 1 if one failed.
-# Usage: benchmarks/gpu.sh [options for bench, such as --overwrite]
+# Everything that needs a GPU: tests, compute-sanitizer, verify, bench, run. Continues after a failure; exits 1 if one failed.
+# Usage: benchmarks/gpu.sh [options for bench and run, such as --overwrite]
 #   PYTHON   interpreter with pmpo_kernels[triton,test] installed (default: python)
 #   RESULTS  folder for logs and JSON (default: benchmarks/results/<GPU name>)
 set -uo pipefail
@@ -42,6 +42,7 @@ fi
 
 step verify "$PYTHON" -m pmpo_kernels verify
 step bench "$PYTHON" -m pmpo_kernels bench --out "$RESULTS" "$@"
+step run "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
 
 if ((${#failed[@]})); then
   echo "FAILED: ${failed[*]} (logs in $RESULTS)"

@@ -28,8 +28,9 @@ from rich.table import Table
 
 from pmpo_kernels import LossConfig, pmpo_loss
 from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
-from pmpo_kernels.benchmarking.cases import Case, Dtype, build_inputs
+from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
+from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.ops import stage
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from pmpo_kernels.benchmarking.cases import Case, LossFunction
+from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.measure import Bench
+from pmpo_kernels.benchmarking.variants import LossFunction
 
 ROUNDS = 8
 

@@ -33,18 +33,31 @@ def eager_pmpo_loss(
     config: LossConfig,
     power: Tensor | None = None,
 ) -> Tensor:
-    """Scalar loss on padded (B, T, V) logits, its gradient left to autograd; `power` (B,) replaces config.power.
-
-    The trajectory part (O(tokens)) is the reference's. With config.power "ess" p is solved here unless it is given.
-    """
+    """Scalar loss on padded (B, T, V) logits, its gradient left to autograd; `power` (B,) replaces config.power."""
     logp, entropy = eager_token_logp(logits, token_ids, config.temperature, entropy_gradient=config.entropy_coef != 0)
-    B, T = token_ids.shape
+    return eager_loss_from_logp(logp, entropy, old_logp, advantages, mask, config, power)
+
+
+def eager_loss_from_logp(
+    logp: Tensor,
+    entropy: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    config: LossConfig,
+    power: Tensor | None = None,
+) -> Tensor:
+    """The rest of the loss, from logp and entropy (B, T): O(tokens), the reference's trajectory part.
+
+    With config.power "ess" p is solved here unless it is given.
+    """
+    B, T = logp.shape
     _, _, stats = trajectory(
         logp.reshape(-1),
         None if old_logp is None else old_logp.reshape(-1),
         advantages,
         mask.reshape(-1),
-        torch.arange(B + 1, device=logits.device) * T,
+        torch.arange(B + 1, device=logp.device) * T,
         None,
         None,
         entropy.reshape(-1),

@@ -133,25 +133,32 @@ def three_part_error(grad: Tensor, want: Oracle, token_ids: Tensor) -> ThreePart
 
 
 def tolerance(case: Case, config: LossConfig, power: Tensor | None = None) -> float:
+    """Bound on each part of the error and on the loss error over its scale: `error_bound` at this case's numbers."""
+    x = float((case.logits.detach()[case.mask].double() / config.temperature).abs().max())
+    p = 1.0 if config.power == "ess" else abs(config.power)
+    p = max(p, float(power.abs().max())) if power is not None else p
+    return error_bound(case.logits.dtype, case.logits.shape[-1], x, p)
+
+
+def error_bound(
+    dtype: torch.dtype, V: int, x: float, p: float, *, solved: bool = False, partial_sum: float = 64
+) -> float:
     """Bound on each part of the error and on the loss error over its scale, from the rounding of each step.
 
-    With u the unit roundoff of the arithmetic (float32 for 16-bit logits) and x = logits / temperature:
+    With u the unit roundoff of the arithmetic (float32 for 16-bit logits) and x the largest |logits / temperature|:
     - x, x - max and log q carry at most u (2 |x| + 2 (|x| + max|x|) + log V): together delta;
-    - row_sum adds V positive terms, at most 64 to each partial sum at these sizes, then a tree: u (64 + log2 V);
+    - row_sum adds V positive terms, at most `partial_sum` one after the other, then a tree: u (partial_sum + log2 V);
     - the coefficient depends on logp as exp((1 + 2|p|) d), so it multiplies delta by 1 + 2|p| (3 |p| for the weights);
+    - a p `solved` from the same logp, where the exact gradient has its own, has a relative error of delta / sd(l), which
+      moves p (l - mean) by 4 delta at 4 sd, |p| <= 1;
     - exp, the products and the stores add a few u (16 here, where a GPU's exp is good to 2 ulp);
     - 16-bit gradients are then rounded with u16 = 2^-8 (bfloat16) or 2^-11 (float16), counted twice because the
       absolute values of a row add up to twice its coefficient.
     """
-    dtype = case.logits.dtype
     u = torch.finfo(reference.compute_dtype(dtype)).eps / 2
-    V = case.logits.shape[-1]
-    x = float((case.logits.detach()[case.mask].double() / config.temperature).abs().max())
-    delta = u * (6 * x + math.log(V) + 64 + math.log2(V))
-    p = 1.0 if config.power == "ess" else abs(config.power)
-    p = max(p, float(power.abs().max())) if power is not None else p
+    delta = u * (6 * x + math.log(V) + partial_sum + math.log2(V))
     stored = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
-    return 2 * stored + (2 + 5 * p) * delta + 16 * u
+    return 2 * stored + (2 + 5 * p + 4 * solved) * delta + 16 * u
 
 
 def row_sum_tolerance(case: Case) -> float:

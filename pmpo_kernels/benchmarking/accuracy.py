@@ -1,4 +1,4 @@
-"""Loss and gradient of a variant against the eager formula in float64: no speed is printed for a wrong result."""
+"""Loss and gradient of a variant against float64, in chunks of rows: no speed is printed for a wrong result."""
 
 from __future__ import annotations
 
@@ -8,70 +8,109 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import default_denominator
-from pmpo_kernels.baseline import eager_pmpo_loss
-from pmpo_kernels.benchmarking.cases import Inputs
+from pmpo_kernels import reference
+from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.benchmarking.inputs import Inputs, chunks, flat_trajectory
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.reference import STATS
+from pmpo_kernels.verification import Oracle, ThreePartError, error_bound, three_part_error
+
+
+class Exact(NamedTuple):
+    """What float64 says, but for the gradient itself: (B T,) tensors of both vocabulary stages, `dlogp` over the denominator;
+    loss and sum_i |w_i A_i M_p| / D; and what the bounds depend on."""
+
+    row_max: Tensor
+    row_sum: Tensor
+    entropy: Tensor
+    dlogp: Tensor
+    loss: float
+    loss_scale: float
+    largest: float
+    power: float
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows whose gradient is not 0: neither padded nor clipped nor of a trajectory with advantage 0."""
+        return int((self.dlogp != 0).sum())
 
 
 class Errors(NamedTuple):
-    """Largest relative errors against float64; `gradient` as in `row_error`, `loss` over sum_i |w_i A_i M_p| / D."""
+    """Relative errors against float64: of the gradient in three parts, and of the loss over `Exact.loss_scale`."""
 
-    gradient: float
+    gradient: ThreePartError
     loss: float
 
 
-def row_error(gradient: Tensor, exact: Tensor, token_ids: Tensor) -> Tensor:
-    """Per row (B, T), the larger of two: target column over the row's norm, other columns (2-norm) over their own norm.
+@torch.no_grad()
+def exact(inputs: Inputs, config: LossConfig) -> Exact:
+    """The stages of the reference in float64, `token_logp` a chunk at a time. The adaptive p is solved here.
 
-    Apart, because the other V - 1 entries are so small that an error norm of the whole row would not see them missing.
-    Rows whose exact gradient is 0 must be 0; they and NaN give infinity otherwise.
+    The presets have neither KL nor entropy term, whose gradients this leaves out.
     """
-    target = token_ids[..., None]
-    difference = gradient.double() - exact
-    at_target = difference.gather(-1, target)[..., 0].abs() / exact.norm(dim=-1)
-    others = difference.scatter(-1, target, 0).norm(dim=-1) / exact.scatter(-1, target, 0).norm(dim=-1)
-    error = torch.maximum(at_target, others).nan_to_num(nan=math.inf)
-    is_zero = (exact == 0).all(-1)
-    return torch.where(is_zero, torch.where((gradient == 0).all(-1), 0.0, math.inf), error)
+    assert config.beta == 0
+    assert config.entropy_coef == 0
+    V = inputs.logits.shape[-1]
+    rows_of_logits, token_ids, mask = inputs.logits.flatten(0, 1), inputs.token_ids.flatten(), inputs.mask.flatten()
+    parts, largest = [], 0.0
+    for rows in chunks(mask.numel(), V):
+        z = rows_of_logits[rows].double()
+        largest = max(largest, float(torch.where(mask[rows, None], z, 0).abs().max()))
+        found = reference.token_logp(z[None], token_ids[None, rows], mask[None, rows], config.temperature)
+        parts.append([part[0] for part in found])
+    logp, row_max, row_sum, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    dlogp, _, stats = flat_trajectory(
+        logp.view(inputs.mask.shape), inputs.old_logp, inputs.advantages, inputs.mask, config
+    )
+    denominator = default_denominator(stats, config)
+    row = dict(zip(STATS, stats, strict=True))
+    return Exact(
+        row_max,
+        row_sum,
+        entropy,
+        dlogp / denominator,
+        float(total_loss(stats, config, denominator)),
+        float((row["weight"] * row["policy_loss"]).abs().sum() / denominator),
+        largest / config.temperature,
+        float(row["power"].abs().max()),
+    )
 
 
-def errors(loss: Tensor, gradient: Tensor, inputs: Inputs, config: LossConfig) -> Errors:
-    """Compare the whole batch, one trajectory at a time: trajectories only share the denominator."""
-    stats = torch.zeros(len(STATS), inputs.mask.shape[0], dtype=torch.float64, device=loss.device)
-    stats[STATS.index("tokens")] = inputs.mask.sum(-1)
-    total = default_denominator(stats, config)
-    exact_loss, scale, worst = 0.0, 0.0, 0.0
-    for b in range(inputs.mask.shape[0]):
-        one = slice(b, b + 1)
-        logits = inputs.logits[one].double().requires_grad_()
-        power = None if inputs.power is None else inputs.power[one]
-        rest = (inputs.token_ids[one], inputs.old_logp[one], inputs.advantages[one], inputs.mask[one])
-        share = default_denominator(stats[:, one], config) / total
-        part = share * eager_pmpo_loss(logits, *rest, config, power)
-        (exact,) = torch.autograd.grad(part, logits)
-        worst = max(worst, float(row_error(gradient[one], exact, inputs.token_ids[one]).max()))
-        exact_loss, scale = exact_loss + part.item(), scale + abs(part.item())
-    loss_error = abs(float(loss) - exact_loss) / (scale or 1.0)
-    return Errors(worst, loss_error if math.isfinite(loss_error) else math.inf)
+@torch.no_grad()
+def errors(loss: Tensor, gradient: Tensor, inputs: Inputs, want: Exact, config: LossConfig) -> Errors:
+    """Compare every row of the gradient (B, T, V), whose float64 counterpart is made a chunk of rows at a time."""
+    _, T, V = inputs.logits.shape
+    logits = inputs.logits.flatten(0, 1)
+    token_ids, mask = inputs.token_ids.flatten(), inputs.mask.flatten()
+    worst = ThreePartError(0.0, 0.0, 0.0)
+    for rows in chunks(mask.numel(), V):
+        ids, g = token_ids[None, rows], want.dlogp[None, rows]
+        saved = (want.row_max[None, rows], want.row_sum[None, rows], want.entropy[None, rows])
+        grad = reference.dlogits(
+            logits[None, rows].double(), ids, mask[None, rows], *saved, g, None, config.temperature
+        )
+        scale = g.abs() / config.temperature
+        oracle = Oracle(loss, grad, scale, torch.ones_like(scale), scale, want.loss_scale)
+        position = torch.arange(rows.start, rows.stop, device=ids.device)
+        found = gradient[position // T, position % T]  # without a copy of the whole where its rows are not in one piece
+        part = three_part_error(found[None], oracle, ids)
+        worst = ThreePartError(*(_largest(a, b) for a, b in zip(worst, part, strict=True)))
+    return Errors(worst, _largest(0.0, abs(float(loss) - want.loss) / (want.loss_scale or 1.0)))
 
 
-def float32_bound(vocab: int) -> float:
-    """Bound of both relative errors for arithmetic in float32, C eps log2(V) with C = 12.
+def _largest(a: float, b: float) -> float:
+    """The larger of the two; infinity for NaN."""
+    return math.inf if math.isnan(b) else max(a, b)
 
-    logp: the tree or block sum over V adds log2(V) roundings of eps / 2, the final |logp| <~ log2(V) as many again:
-    absolute error at most delta = eps log2(V). The gradient g (1[j = y] - q_j) sees it in q (2 delta: maximum and
-    sum), in g = w A M_p W_t (delta from M_p, 2 |p| delta from W, |p| <= 1 in every preset; old_logp is the same number
-    for all), and in a solved p, whose relative error delta / sd(l) moves p (l - mean) by 4 delta at 4 sd. The second
-    backward product adds 3 eps. Together 2 + 1 + 2 + 4 + 3 = 12.
+
+def bounds(dtype: torch.dtype, vocab: int, want: Exact, config: LossConfig, *, fused: bool) -> tuple[float, float]:
+    """Of the gradient's parts, in the dtype of the logits, and of the loss, which is float32 whatever they are.
+
+    What others compute may add a row one after the other in 8 lanes, as PyTorch does on a CPU; ours may not.
     """
-    return 12 * torch.finfo(torch.float32).eps * math.log2(max(vocab, 2))
-
-
-def gradient_bound(dtype: torch.dtype, vocab: int, eager_error: float | None) -> float:
-    """float32: `float32_bound`. bfloat16: error of plain eager (None: this is eager) plus one rounding."""
-    if dtype == torch.float32:
-        return float32_bound(vocab)
-    rounding = torch.finfo(dtype).eps / 2
-    return rounding + (float32_bound(vocab) if eager_error is None else eager_error)
+    partial_sum = 64 if fused else max(64, vocab / 8)
+    gradient, loss = (
+        error_bound(d, vocab, want.largest, want.power, solved=config.power == "ess", partial_sum=partial_sum)
+        for d in (dtype, torch.float32)
+    )
+    return gradient, loss

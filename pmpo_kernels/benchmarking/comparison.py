@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from pmpo_kernels.benchmarking import accuracy
-from pmpo_kernels.benchmarking.allocator import Allocator, allocators, using
-from pmpo_kernels.benchmarking.cases import COMPILED, EAGER, Case, LossFunction, Variant, loss_function
-from pmpo_kernels.benchmarking.measure import Bench, Times, peak_memory, rounds
+from pmpo_kernels.benchmarking.allocator import Allocator, using
+from pmpo_kernels.benchmarking.cases import Case
+from pmpo_kernels.benchmarking.inputs import build_inputs
+from pmpo_kernels.benchmarking.measure import Bench, Times, lap, rotating
+from pmpo_kernels.benchmarking.memory import peak_memory
+from pmpo_kernels.benchmarking.stages import stage_functions
+from pmpo_kernels.benchmarking.traffic import Traffic, model_bytes
+from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER, LossFunction, Variant
+from pmpo_kernels.verification import ThreePartError
 
 WARMUP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds over the rounds: median, quartiles, extremes."""
+    """Median, quartiles and extremes over the rounds; milliseconds unless said otherwise."""
 
     median: float
     q1: float
@@ -50,7 +56,7 @@ class Timing:
         return cls(
             Spread.of([t.forward for t in samples]),
             Spread.of([t.backward for t in samples]),
-            Spread.of([t.forward + t.backward for t in samples]),
+            Spread.of([t.both for t in samples]),
             statistics.median(faults) if faults else None,
             samples,
         )
@@ -58,12 +64,16 @@ class Timing:
 
 @dataclass
 class Row:
-    """One variant's results; without `problem` it is correct and timed, with one it has no times."""
+    """One variant's results; without `problem` it is correct and timed, with one it has no times.
+
+    `gradient_error` is the largest of `parts`.
+    """
 
     name: str
     group: str
     gradient_error: float | None = None
     gradient_bound: float | None = None
+    parts: ThreePartError | None = None
     loss_error: float | None = None
     loss_bound: float | None = None
     wrong: bool = False
@@ -72,73 +82,125 @@ class Row:
     timings: dict[Allocator, Timing] = field(default_factory=dict)
 
 
-def check(row: Row, bench: Bench, f: LossFunction, case: Case, eager_error: float | None) -> None:
-    """Fill in the errors of one run and, if they exceed their bounds, the problem. `eager_error` is None for eager."""
+@dataclass(frozen=True)
+class Comparison:
+    """Rows in the order of the variants; ms of one read and one copy of the logits; ms of each stage of the first fused
+    variant alone; the fewest bytes a pass can move; rows of the logits whose gradient is not 0."""
+
+    rows: list[Row]
+    floor: dict[str, Spread]
+    stages: dict[str, Spread]
+    traffic: Traffic
+    gradient_rows: int
+
+    @property
+    def wrong(self) -> bool:
+        return any(row.wrong for row in self.rows)
+
+
+def check(row: Row, bench: Bench, f: LossFunction, case: Case, want: accuracy.Exact) -> None:
+    """Fill in the errors of one run and, if they exceed their bounds, the problem."""
     try:
         loss, gradient = bench.run(f)
     except torch.OutOfMemoryError:
         row.problem = "out of GPU memory"
         return
     except Exception as error:
-        if row.name != COMPILED.name:
+        if row.group not in (PEER, COMPILED.group):
             raise
-        row.problem = f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        row.problem = f"{row.name} failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
         return
-    found = accuracy.errors(loss, gradient, bench.inputs, case.config)
-    row.gradient_error, row.loss_error = found
-    row.gradient_bound = accuracy.gradient_bound(gradient.dtype, case.vocab, eager_error)
-    row.loss_bound = accuracy.float32_bound(case.vocab)
-    row.wrong = not (found.gradient <= row.gradient_bound and found.loss <= row.loss_bound)
+    row.parts, row.loss_error = accuracy.errors(loss, gradient, bench.inputs, want, case.config)
+    row.gradient_error = max(row.parts)
+    fused = row.group == FUSED
+    row.gradient_bound, row.loss_bound = accuracy.bounds(gradient.dtype, case.vocab, want, case.config, fused=fused)
+    row.wrong = not (row.gradient_error <= row.gradient_bound and row.loss_error <= row.loss_bound)
     if row.wrong:
         row.problem = "wrong result: error above its bound, not timed"
 
 
 def compare(
-    case: Case, bench: Bench, chosen: list[Variant], repeats: int, advance: Callable[[str], None]
-) -> tuple[list[Row], dict[str, Spread]]:
-    """(rows in the order of `chosen`, ms of one read and one copy of the logits); `advance(what)` is called before each
-    of `steps(...)` steps."""
+    case: Case,
+    chosen: list[Variant],
+    repeats: int,
+    advance: Callable[[str], None],
+    settings: list[Allocator],
+    memory: bool = True,
+) -> Comparison:
+    """Build the inputs, check, measure memory, time under each setting of the allocator; `advance(what)` is called before
+    each of `steps(...)` steps."""
+    advance("building inputs")
+    inputs = build_inputs(case)
+    benches = {one_more: Bench(inputs, one_more) for one_more in {variant.one_more for variant in chosen}}
+    want = accuracy.exact(inputs, case.config)
     rows, functions = [], {}
-    eager_error: float | None = None
     for variant in chosen:
         advance(f"checking {variant.name}")
-        row, f = Row(variant.name, variant.group), loss_function(variant, case.config)
-        if variant != EAGER and eager_error is None and case.dtype == "bfloat16":
-            row.problem = "no bound: eager PyTorch gave no result to compare with"
-        else:
-            check(row, bench, f, case, eager_error)
-        if variant == EAGER and not row.problem:
-            eager_error = row.gradient_error
+        row, f = Row(variant.name, variant.group), variant.build(case.config)
+        check(row, benches[variant.one_more], f, case, want)
+        row.problem = row.problem or variant.untimed
         if not row.problem:
-            functions[variant.name] = f
+            functions[variant] = f
         rows.append(row)
-
     for variant, row in zip(chosen, rows, strict=True):
         advance(f"memory of {variant.name}")
-        if not row.problem:
-            row.peak_bytes = peak_memory(case, variant, bench)
-
-    floor: dict[str, list[float]] = {"read": [], "copy": []}
-    for allocator in allocators(case.device) if functions else []:
-        samples: dict[str, list[Times]] = {name: [] for name in functions}
+        if memory and variant in functions:
+            row.peak_bytes = peak_memory(case, variant, benches[variant.one_more], functions[variant])
+    floor: dict[str, list[float]] = {}
+    stages: dict[str, list[float]] = {}
+    for allocator in settings if functions else []:
         with using(allocator):
-            for _ in rounds(bench, functions, WARMUP_ROUNDS):
-                pass
-            for name, times in rounds(bench, functions, repeats):
-                advance(f"timing, {allocator.value} allocator")
-                samples[name].append(times)
-                for what, ms in bench.floor().items():
-                    floor[what].append(ms)
-        summarise(rows, allocator, samples)
-    return rows, {what: Spread.of(values) for what, values in floor.items() if values}
+            _time(case, benches, functions, WARMUP_ROUNDS, advance)
+            samples, *more = _time(case, benches, functions, repeats, advance)
+        _summarise(rows, allocator, samples)
+        for total, found in zip((floor, stages), more, strict=True):
+            for what, values in found.items():
+                total.setdefault(what, []).extend(values)
+    return Comparison(
+        rows,
+        {what: Spread.of(values) for what, values in floor.items()},
+        {what: Spread.of(values) for what, values in stages.items()},
+        model_bytes(case, int(inputs.mask.sum()), want.gradient_rows),
+        want.gradient_rows,
+    )
 
 
-def steps(case: Case, chosen: list[Variant], repeats: int) -> int:
+Samples = dict[str, list[float]]
+
+
+def _time(
+    case: Case,
+    benches: dict[bool, Bench],
+    functions: dict[Variant, LossFunction],
+    repeats: int,
+    advance: Callable[[str], None],
+) -> tuple[dict[str, list[Times]], Samples, Samples]:
+    """Interleaved samples of every variant, of the floor, and of the stages of the first fused variant."""
+    named = {variant.name: variant for variant in functions}
+    times: dict[str, list[Times]] = {name: [] for name in named}
+    cuda = case.device != "cpu"
+    first = benches[next(iter(functions)).one_more]
+    impl = next((variant.impl for variant in functions if variant.impl), None)
+    alone = stage_functions(impl, first.inputs, case.config) if impl else {}
+    floor: Samples = {"read": [], "copy": []}
+    stages: Samples = {name: [] for name in alone}
+    for names in rotating(list(named), repeats):
+        advance("timing")
+        for name in names:
+            times[name].append(benches[named[name].one_more].time(functions[named[name]]))
+        for what, ms in first.floor().items():
+            floor[what].append(ms)
+        for what, f in alone.items():
+            stages[what].append(lap(f, cuda))
+    return times, floor, stages
+
+
+def steps(chosen: list[Variant], repeats: int, settings: list[Allocator]) -> int:
     """How often `compare` calls `advance` at most."""
-    return len(chosen) * (2 + repeats * len(allocators(case.device)))
+    return 1 + 2 * len(chosen) + (WARMUP_ROUNDS + repeats) * len(settings)
 
 
-def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:
+def _summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:
     """Add the timing of each timed row with this allocator."""
     timings = {name: Timing.of(times) for name, times in samples.items()}
     eager = timings.get(EAGER.name)
@@ -147,3 +209,18 @@ def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Tim
             row.timings[allocator] = timings[row.name]
             if eager:
                 timings[row.name].speedup = eager.both.median / timings[row.name].both.median
+
+
+def host_overhead(case: Case, chosen: list[Variant], repeats: int) -> dict[str, Spread]:
+    """Host time of one forward and backward on a tiny batch, in microseconds, without waiting for a GPU.
+
+    Without torch.compile, which would compile for this shape alone.
+    """
+    tiny = replace(case, vocab=256, batch=2, tokens=8)
+    inputs = build_inputs(tiny)
+    found: dict[str, Spread] = {}
+    for variant in chosen:
+        if variant != COMPILED and not variant.untimed:
+            bench, f = Bench(inputs, variant.one_more), variant.build(tiny.config)
+            found[variant.name] = Spread.of([bench.host(f) for _ in range(WARMUP_ROUNDS + repeats)][WARMUP_ROUNDS:])
+    return found

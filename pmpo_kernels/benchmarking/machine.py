@@ -23,7 +23,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _installed(distribution: str) -> str:
+def installed(distribution: str) -> str:
+    """Version of a package, or that there is none."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -36,8 +37,8 @@ def versions() -> dict[str, str]:
         "pmpo_kernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _installed("triton"),
-        "numpy": _installed("numpy"),
+        "triton": installed("triton"),
+        "numpy": installed("numpy"),
         "cuda (torch build)": torch.version.cuda or "none",
         "hip (torch build)": torch.version.hip or "none",
         "os": f"{platform.system()} {platform.machine()}",
@@ -58,8 +59,10 @@ def devices() -> dict[str, str]:
     return found
 
 
-def available_memory() -> int | None:
-    """Bytes of main memory that can be taken without swapping; None where the system does not tell."""
+def available_memory(device: str) -> int | None:
+    """Free bytes of the GPU, or of main memory without swapping; None where the system does not tell."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

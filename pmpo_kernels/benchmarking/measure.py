@@ -1,92 +1,133 @@
-"""Time and memory of a variant: wall time on the CPU, events on a GPU; peak memory beyond the inputs."""
+"""Time of a variant: wall time on the CPU, events on a GPU, where the second-level cache is flushed before each region."""
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pmpo_kernels.benchmarking.allocator import map_every_large_tensor, page_faults
-from pmpo_kernels.benchmarking.cases import Case, Inputs, LossFunction, Variant, build_inputs, loss_function
+from pmpo_kernels.benchmarking.allocator import page_faults
+from pmpo_kernels.benchmarking.inputs import Inputs
+from pmpo_kernels.benchmarking.variants import LossFunction
 
-MEMORY_METHOD = {
-    "cuda": "torch.cuda.max_memory_allocated during one forward and backward, less what was allocated before",
-    "cpu": "peak resident set (VmHWM, reset after warm-up) during one forward and backward in a fresh process per "
-    "variant, less the resident set before (inputs, code, thread pools)",
+FLUSH_FACTOR = 4  # sizes of the second-level cache that are written to empty it
+LEAD_CYCLES = 10_000_000  # about 5 ms in which the host queues the kernels of a region
+TIME_METHOD = {
+    "cpu": "wall time; both is forward and backward of one run",
+    "cuda": f"CUDA events; before each region {FLUSH_FACTOR} times the L2 cache is written, then the GPU waits {LEAD_CYCLES} "
+    "cycles so that the host runs ahead; forward and backward of one run, both of another without a flush between them",
 }
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Times(NamedTuple):
-    """Milliseconds of one forward and the backward that follows it, and the page faults of both."""
+    """Milliseconds of a forward, of the backward that follows it and of both, and the page faults of both."""
 
     forward: float
     backward: float
+    both: float
     page_faults: int | None
 
 
 class Bench:
-    """Inputs, and a working copy of the logits that is restored before each run (`inplace` writes over it)."""
+    """Inputs, and a working copy of the logits that is restored before each run (`inplace` writes over it).
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.logits = inputs.logits.clone().requires_grad_()
+    With `one_more` the copy has T + 1 positions, the last one random, and the gradient is that of the first T.
+    """
+
+    def __init__(self, inputs: Inputs, one_more: bool = False) -> None:
+        self.inputs, self.cuda = inputs, inputs.logits.is_cuda
+        B, T, V = inputs.logits.shape
+        self.logits = inputs.logits.new_empty(B, T + one_more, V)
+        self.logits[:, T:].normal_()
+        self.logits.requires_grad_()
 
     def restore(self) -> Tensor:
         """The working copy as at the start: the same cache state for every variant, and not timed."""
-        self.logits.detach().copy_(self.inputs.logits)
+        T = self.inputs.logits.shape[1]
+        self.logits.detach()[:, :T].copy_(self.inputs.logits)
         return self.logits
 
     def run(self, f: LossFunction) -> tuple[Tensor, Tensor]:
-        """(loss, gradient of the logits)."""
+        """(loss, gradient of the logits (B, T, V))."""
         loss = f(self.restore(), self.inputs)
         (gradient,) = torch.autograd.grad(loss, self.logits)
-        return loss.detach(), gradient
+        return loss.detach(), gradient[:, : self.inputs.logits.shape[1]]
 
     def time(self, f: LossFunction) -> Times:
-        """One forward and backward, timed apart."""
+        """One forward and backward, timed apart, and on a GPU another, timed together."""
         logits = self.restore()
-        mark, milliseconds = _clock(logits.is_cuda)
+        mark, milliseconds = clock(self.cuda)
         faults = page_faults()
         mark()
         loss = f(logits, self.inputs)
         mark()
+        settle(self.cuda)
+        mark()
         gradient = torch.autograd.grad(loss, logits)
         mark()
-        forward, backward = milliseconds()
+        forward, _, backward = milliseconds()
         after = page_faults()
+        del gradient, loss
+        both = self._together(f) if self.cuda else forward + backward
+        return Times(forward, backward, both, None if faults is None or after is None else after - faults)
+
+    def _together(self, f: LossFunction) -> float:
+        logits = self.restore()
+        return lap(lambda: torch.autograd.grad(f(logits, self.inputs), logits), self.cuda)
+
+    def host(self, f: LossFunction) -> float:
+        """Microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
+        logits = self.restore()
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        gradient = torch.autograd.grad(f(logits, self.inputs), logits)
+        elapsed = time.perf_counter() - start
         del gradient
-        return Times(forward, backward, None if faults is None or after is None else after - faults)
+        return 1e6 * elapsed
 
     def floor(self) -> dict[str, float]:
         """Milliseconds of one read of the logits and of one copy into memory that is there already."""
         source, target = self.inputs.logits, self.logits.detach()
         words = source.flatten().view(torch.int32 if source.numel() % 2 == 0 else source.dtype)
-        mark, milliseconds = _clock(source.is_cuda)
-        mark()
-        words.amax()
-        mark()
-        target.copy_(source)
-        mark()
-        return dict(zip(("read", "copy"), milliseconds(), strict=True))
+        return {"read": lap(words.amax, self.cuda), "copy": lap(lambda: target.copy_(source), self.cuda)}
 
 
-def _clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
+def lap(f: Callable[[], object], cuda: bool) -> float:
+    """Milliseconds of one call, with the cache flushed before it."""
+    mark, milliseconds = clock(cuda)
+    mark()
+    f()
+    mark()
+    return milliseconds()[0]
+
+
+@cache
+def _scrap(device: int) -> Tensor:
+    size = FLUSH_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def settle(cuda: bool) -> None:
+    """Before a timed region of a GPU: the cache is emptied, and the stream gets a lead for the host to queue the region in."""
+    if cuda:
+        _scrap(torch.cuda.current_device()).zero_()
+        torch.cuda._sleep(LEAD_CYCLES)
+
+
+def clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
     """(mark, intervals between the marks in ms). On a GPU events in the stream, read after the device is done."""
     if not cuda:
         at: list[float] = []
         return lambda: at.append(time.perf_counter()), lambda: [1e3 * (b - a) for a, b in pairwise(at)]
     events: list[torch.cuda.Event] = []
     torch.cuda.synchronize()
+    settle(cuda)
 
     def mark() -> None:
         events.append(torch.cuda.Event(enable_timing=True))
@@ -99,50 +140,8 @@ def _clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
     return mark, milliseconds
 
 
-def rounds(bench: Bench, functions: dict[str, LossFunction], repeats: int) -> Iterator[tuple[str, Times]]:
-    """Every function once a round, the first one rotating: a slow moment of the machine hits them all."""
-    names = list(functions)
+def rotating(names: list[str], repeats: int) -> Iterator[list[str]]:
+    """Every name once a round, the first one rotating: a slow moment of the machine hits them all."""
     for r in range(repeats):
-        shift = r % len(names)
-        for name in names[shift:] + names[:shift]:
-            yield name, bench.time(functions[name])
-
-
-def peak_memory(case: Case, variant: Variant, bench: Bench) -> int | None:
-    """Bytes at the peak beyond the inputs, by `MEMORY_METHOD`; None where the system does not tell."""
-    if case.device == "cuda":
-        return _peak_allocated(bench, loss_function(variant, case.config))
-    if not _CLEAR_REFS.exists():
-        return None
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(_peak_resident, case, variant, torch.get_num_threads()).result()
-
-
-def _peak_allocated(bench: Bench, f: LossFunction) -> int:
-    bench.run(f)
-    bench.restore()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    bench.run(f)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _resident(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    assert match is not None
-    return 1024 * int(match[1])
-
-
-def _peak_resident(case: Case, variant: Variant, threads: int) -> int:
-    map_every_large_tensor()
-    torch.set_num_threads(threads)
-    bench, f = Bench(build_inputs(case)), loss_function(variant, case.config)
-    for _ in range(2):
-        bench.run(f)
-    gc.collect()
-    _CLEAR_REFS.write_text("5")
-    before = _resident("VmRSS")
-    bench.run(f)
-    return _resident("VmHWM") - before
+        shift = r % max(len(names), 1)
+        yield names[shift:] + names[:shift]

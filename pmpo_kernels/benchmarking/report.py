@@ -11,24 +11,35 @@ from rich.table import Table
 from rich.text import Text
 
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Row, Spread
+from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread
 from pmpo_kernels.benchmarking.machine import provenance
-from pmpo_kernels.benchmarking.measure import MEMORY_METHOD
+from pmpo_kernels.benchmarking.measure import TIME_METHOD
+from pmpo_kernels.benchmarking.memory import MEMORY_METHOD
 
-P_NOTE = "p is given to eager PyTorch and torch.compile (solved beforehand, not timed); the fused rows solve it"
+P_NOTE = "p is given to the rows that are not fused (solved beforehand, not timed); the fused rows solve it"
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished comparison. `zero_rows`: fraction of rows whose gradient is 0 (padding, advantage 0); `floor`: ms of one
-    read and one copy of the logits."""
+    """A finished comparison, and why some variants are not in it."""
 
     case: Case
     repeats: int
-    zero_rows: float
-    rows: list[Row]
+    comparison: Comparison
     skipped: dict[str, str]
-    floor: dict[str, Spread]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.comparison.rows
+
+    @property
+    def floor(self) -> dict[str, Spread]:
+        return self.comparison.floor
+
+    @property
+    def zero_rows(self) -> float:
+        """Fraction of rows whose gradient is 0."""
+        return 1 - self.comparison.gradient_rows / (self.case.batch * self.case.tokens)
 
     @property
     def title(self) -> str:
@@ -42,7 +53,7 @@ def speed_table(report: Report) -> Table:
     floor = ", ".join(f"one {what} of the logits {spread.median:.3g}" for what, spread in report.floor.items())
     caption = (
         f"ms: median (quartiles) of {report.repeats} interleaved rounds; {floor}.{solved} {report.zero_rows:.0%} of the "
-        "rows are padding or have advantage 0."
+        "rows are padding, clipped or have advantage 0."
     )
     allocators = list(dict.fromkeys(a for row in report.rows for a in row.timings))
     if len(allocators) > 1:
@@ -62,7 +73,7 @@ def speed_table(report: Report) -> Table:
                 t = row.timings[allocator]
                 speedup = "-" if t.speedup is None else f"{t.speedup:.2f}x"
                 faults = "-" if t.page_faults is None else f"{t.page_faults:,.0f}"
-                out.add_row(allocator.value, row.name, _ms(t.forward), _ms(t.backward), _ms(t.both), speedup, faults)
+                out.add_row(allocator.value, row.name, ms(t.forward), ms(t.backward), ms(t.both), speedup, faults)
     for row in report.rows:
         if row.problem:
             out.add_row("", row.name, Text(row.problem, style="bold red" if row.wrong else "yellow"))
@@ -70,43 +81,46 @@ def speed_table(report: Report) -> Table:
 
 
 def accuracy_table(report: Report) -> Table:
-    """Errors with their bounds, red where they exceed them, and peak memory."""
+    """Errors, red where they exceed their bounds, and peak memory."""
     size = report.case.logits_bytes / 2**20
     caption = (
-        "Largest relative errors against float64. "
+        "Largest relative errors against float64, of the gradient in three parts. "
         f"Memory beyond the inputs (logits: {size:.0f} MiB): {MEMORY_METHOD[report.case.device]}."
     )
     out = Table(caption=caption, caption_justify="left")
     out.add_column("variant")
-    for name in ("gradient error", "loss error", "peak MiB"):
+    for name in ("target column", "other columns", "row sum", "bound", "loss error", "peak MiB"):
         out.add_column(name, justify="right")
     for row in report.rows:
-        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
-        errors = (_error(row.gradient_error, row.gradient_bound), _error(row.loss_error, row.loss_bound))
-        out.add_row(row.name, *errors, memory)
+        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f}"
+        parts = [_error(part, row.gradient_bound) for part in row.parts or [None] * 3]
+        bound = "-" if row.gradient_bound is None else f"{row.gradient_bound:.1e}"
+        out.add_row(row.name, *parts, bound, _error(row.loss_error, row.loss_bound), memory)
     return out
 
 
-def _ms(spread: Spread) -> str:
+def ms(spread: Spread) -> str:
+    """Median and quartiles, three digits."""
     return f"{spread.median:.3g} ({spread.q1:.3g}-{spread.q3:.3g})"
 
 
 def _error(value: float | None, bound: float | None) -> Text:
     if value is None or bound is None:
         return Text("-")
-    return Text(f"{value:.1e} <= {bound:.1e}") if value <= bound else Text(f"{value:.1e} > {bound:.1e}", "bold red")
+    return Text(f"{value:.1e}", style="" if value <= bound else "bold red")
 
 
-def write_json(report: Report, path: Path) -> None:
-    """All figures with what they depend on."""
+def content(report: Report) -> dict[str, Any]:
+    """All figures with what they depend on, as JSON can hold them."""
     rows: list[dict[str, Any]] = []
     for row in report.rows:
         timings = {
             allocator.value: {**asdict(timing), "samples": [t._asdict() for t in timing.samples]}
             for allocator, timing in row.timings.items()
         }
-        rows.append({**asdict(row), "timings": timings})
-    content = {
+        parts = None if row.parts is None else row.parts._asdict()
+        rows.append({**asdict(row), "parts": parts, "timings": timings})
+    return {
         **provenance(),
         "case": {**asdict(report.case), "logits_bytes": report.case.logits_bytes},
         "config": asdict(report.case.config),
@@ -114,6 +128,7 @@ def write_json(report: Report, path: Path) -> None:
             "repeats": report.repeats,
             "warmup_rounds": WARMUP_ROUNDS,
             "unit": "ms",
+            "time": TIME_METHOD[report.case.device],
             "memory": MEMORY_METHOD[report.case.device],
             "adaptive_p": P_NOTE,
             "zero_rows": report.zero_rows,
@@ -122,6 +137,9 @@ def write_json(report: Report, path: Path) -> None:
         "results": rows,
         "skipped": report.skipped,
     }
-    # JSON has no infinity: an error that is not finite becomes null beside its problem
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str).replace(": Infinity", ": null")
+
+
+def write_json(found: dict[str, Any], path: Path) -> None:
+    """As a file; JSON has no infinity: an error that is not finite becomes null beside its problem."""
+    text = json.dumps(found, indent=2, ensure_ascii=False, default=str).replace(": Infinity", ": null")
     path.write_text(text + "\n", encoding="utf-8")

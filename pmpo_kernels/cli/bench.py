@@ -5,13 +5,18 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
+
+if TYPE_CHECKING:
+    from pmpo_kernels.benchmarking.allocator import Allocator
+    from pmpo_kernels.benchmarking.comparison import Comparison
+    from pmpo_kernels.benchmarking.variants import Variant
 
 VOCABS = (151936, 49152)  # Qwen2.5, SmolLM2
 # (batch, tokens): minutes on two CPU cores; a batch that fills a GPU.
@@ -51,8 +56,8 @@ def command(
         for V in dict.fromkeys(vocab or VOCABS)
         for kind in dict.fromkeys(dtype or Dtype)
     ]
-    check_files(cases, out, overwrite)
-    check_memory(cases)
+    check_files([path for case in cases for path in files(case, out).values()], overwrite)
+    check_memory(cases, "--batch, --tokens, --vocab")
     wrong = []
     for case in cases:
         # a fresh process each: memory that one case has kept would spare the next one its page faults
@@ -67,8 +72,8 @@ def files(case: Case, out: Path) -> dict[str, Path]:
     return {kind: out / f"bench-{case.name}.{kind}" for kind in ("json", "png")}
 
 
-def check_files(cases: list[Case], out: Path, overwrite: bool) -> None:
-    existing = [str(path) for case in cases for path in files(case, out).values() if path.exists()]
+def check_files(paths: list[Path], overwrite: bool) -> None:
+    existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
         raise typer.BadParameter(
             f"expected a folder without results, got one with {' and '.join(existing)}; "
@@ -77,17 +82,33 @@ def check_files(cases: list[Case], out: Path, overwrite: bool) -> None:
         )
 
 
-def check_memory(cases: list[Case]) -> None:
+def check_memory(cases: list[Case], options: str) -> None:
     from pmpo_kernels.benchmarking.machine import available_memory
 
     largest = max(cases, key=lambda case: case.needed_bytes)
-    available = available_memory()
-    if largest.device == "cpu" and available is not None and largest.needed_bytes > available:
+    available = available_memory(largest.device)
+    if available is not None and largest.needed_bytes > available:
         raise typer.BadParameter(
             f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {largest.batch} x "
             f"{largest.tokens} x {largest.vocab}, which needs about {largest.needed_bytes / 2**30:.1f} GiB",
-            param_hint="--batch, --tokens, --vocab",
+            param_hint=options,
         )
+
+
+def measure(
+    case: Case, chosen: list[Variant], repeats: int, settings: list[Allocator], console: Console, memory: bool = True
+) -> Comparison:
+    """`compare` with a progress bar."""
+    from pmpo_kernels.benchmarking.comparison import compare, steps
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(case.name, total=steps(chosen, repeats, settings))
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
+
+        return compare(case, chosen, repeats, advance, settings, memory)
 
 
 def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
@@ -95,31 +116,22 @@ def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
     import torch
 
     from pmpo_kernels.benchmarking import report as reporting
-    from pmpo_kernels.benchmarking.cases import build_inputs, variants
-    from pmpo_kernels.benchmarking.comparison import compare, steps
+    from pmpo_kernels.benchmarking.allocator import allocators
     from pmpo_kernels.benchmarking.figure import write_figure
-    from pmpo_kernels.benchmarking.measure import Bench
+    from pmpo_kernels.benchmarking.variants import variants
 
     torch.set_num_threads(threads)
     console = Console()
     chosen, skipped = variants(case.device)
     for name, reason in skipped.items():
         console.print(f"not timed: {name} ({reason})")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{case.name}: building inputs", total=steps(case, chosen, repeats))
-
-        def advance(what: str) -> None:
-            progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
-
-        bench = Bench(build_inputs(case))
-        rows, floor = compare(case, bench, chosen, repeats, advance)
-    report = reporting.Report(case, repeats, bench.inputs.zero_rows, rows, skipped, floor)
+    comparison = measure(case, chosen, repeats, allocators(case.device), console)
+    report = reporting.Report(case, repeats, comparison, skipped)
     console.print(reporting.speed_table(report))
     console.print(reporting.accuracy_table(report))
     out.mkdir(parents=True, exist_ok=True)
     written = files(case, out)
-    reporting.write_json(report, written["json"])
+    reporting.write_json(reporting.content(report), written["json"])
     write_figure(report, written["png"])
     console.print(f"Written: {written['json']}, {written['png']}", soft_wrap=True)
-    return any(row.wrong for row in rows)
+    return comparison.wrong

@@ -1,0 +1,79 @@
+"""Figures of `run.py`: each row as a share of the copy bandwidth, and time against the number of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from run_report import RunReport
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Points = dict[str, list[tuple[int, float]]]
+MARKERS = "osD^vPX*"
+
+
+def write_roofline(report: RunReport, path: Path) -> None:
+    """Forward and backward of each timed row as a share of the bandwidth of a copy, which is the roof."""
+    timed = report.timed
+    fig, ax = plt.subplots(figsize=(8, 1.6 + 0.6 * max(len(timed), 1)), layout="constrained")
+    positions = range(len(timed))
+    for k, name in enumerate(("forward", "backward")):
+        shares = [100 * report.shares(timing)[name] for timing in timed.values()]
+        bars = ax.barh([y + 0.4 * (k - 0.5) for y in positions], shares, 0.38, label=name)
+        labels = [
+            f"{value:.3g} %, {getattr(timing, name).median:.3g} ms"
+            for value, timing in zip(shares, timed.values(), strict=True)
+        ]
+        ax.bar_label(bars, labels, padding=4, fontsize=8)
+    ax.axvline(100, color="black", linestyle=":", linewidth=1, label="bandwidth of a copy")
+    ax.set_yticks(positions, list(timed))
+    ax.invert_yaxis()
+    ax.set_xlabel("fewest bytes a pass can move over what a copy moves in its time, %")
+    ax.margins(x=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    fig.suptitle(report.base.title)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def series(reports: list[RunReport]) -> dict[str, Points]:
+    """By model, dtype and loss: for each row its (tokens, median ms of forward and backward); only where tokens differ."""
+    found: dict[str, Points] = {}
+    for report in reports:
+        case = report.base.case
+        kind = (
+            f"{case.model}, {case.dtype.value}, {case.preset.value}, {case.padded:g} padded, {case.clipped:g} clipped"
+        )
+        points = found.setdefault(f"{kind}, {case.zero_advantage:g} at A = 0", {})
+        for name, timing in report.timed.items():
+            points.setdefault(name, []).append((case.batch * case.tokens, timing.both.median))
+    return {
+        kind: {name: sorted(values) for name, values in points.items()}
+        for kind, points in found.items()
+        if any(len({tokens for tokens, _ in values}) > 1 for values in points.values())
+    }
+
+
+def write_tokens(reports: list[RunReport], path: Path) -> bool:
+    """Time of forward and backward against B x T, a line a row, a panel a loss; False if no loss has two points."""
+    panels = series(reports)
+    if not panels:
+        return False
+    fig, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", squeeze=False)
+    for ax, (kind, points) in zip(axes[0], panels.items(), strict=True):
+        for marker, (name, values) in zip(MARKERS * len(points), points.items(), strict=False):
+            ax.plot(*zip(*values, strict=True), marker=marker, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel("tokens (B x T)")
+        ax.set_ylabel("forward + backward, ms")
+        ax.set_title(kind, fontsize=9)
+        ax.grid(alpha=0.3, which="both")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+    return True

@@ -1,0 +1,92 @@
+"""What `run.py` measures by default, and the vocabularies of real models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+from itertools import product
+
+from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
+
+MODELS = {"qwen2.5": 151936, "llama3": 128256, "smollm2": 49152, "gpt2": 50257, "gemma": 262144}
+Model = Enum("Model", {name: name for name in MODELS}, type=str)
+BATCH, TOKENS = 8, 1024
+CPU_SCALE = 64  # on a CPU trajectories are so many times shorter
+NO_ZEROS = {"padded": 0.0, "clipped": 0.0, "zero_advantage": 0.0}
+HALF_CLIPPED = {**NO_ZEROS, "clipped": 0.5}
+HALF_ZERO_ADVANTAGE = {**NO_ZEROS, "zero_advantage": 0.5}
+
+
+class Suite(str, Enum):
+    """`quick`: minutes. `full`: every model, dtype and kind of loss, T from 512 to 32,768."""
+
+    quick = "quick"
+    full = "full"
+
+
+def case(
+    model: str, batch: int, tokens: int, dtype: str, preset: str, device: str, fractions: dict[str, float] | None = None
+) -> Case:
+    """A case with a model's vocabulary; `fractions` replaces the usual ones."""
+    return Case(
+        vocab=MODELS[model],
+        batch=batch,
+        tokens=tokens,
+        dtype=Dtype(dtype),
+        preset=Preset(preset),
+        device=device,
+        model=model,
+        **(fractions or {}),
+    )
+
+
+def suite(name: Suite, device: str) -> list[Case]:
+    """Token and sequence level losses beside Liger's, three lengths, and how much rows without a gradient save.
+
+    The pmpo cases solve p. On a GPU the logits take 0.8 to 6.5 GB (quick) or 10 GB (full).
+    """
+    scale = 1 if device != "cpu" else CPU_SCALE
+    cases = [
+        case("qwen2.5", 8, 512 // scale, "bfloat16", "grpo", device),
+        case("qwen2.5", 8, 1024 // scale, "bfloat16", "grpo", device),
+        case("qwen2.5", 4, 4096 // scale, "bfloat16", "grpo", device),
+        case("qwen2.5", 8, 1024 // scale, "bfloat16", "gspo", device),
+        case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, NO_ZEROS),
+        case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, HALF_CLIPPED),
+        case("llama3", 2, 4096 // scale, "bfloat16", "pmpo", device),
+        case("smollm2", 1, 32768 // scale, "float32", "pmpo", device),
+    ]
+    if name is Suite.quick:
+        return cases
+    grid = product(MODELS, Dtype, (Preset.grpo, Preset.gspo, Preset.pmpo))
+    cases += [case(model, BATCH, TOKENS // scale, dtype, preset, device) for model, dtype, preset in grid]
+    lengths = ((8, 2048), (1, 8192), (1, 16384), (1, 32768))
+    cases += [case("qwen2.5", B, T // scale, "bfloat16", "grpo", device) for B, T in lengths]
+    cases += [case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, HALF_ZERO_ADVANTAGE)]
+    return list(dict.fromkeys(cases))
+
+
+def choose(
+    name: Suite,
+    device: str,
+    models: list[Model],
+    dtypes: list[Dtype],
+    presets: list[Preset],
+    tokens: list[int],
+    batch: int | None,
+    fractions: dict[str, float],
+) -> list[Case]:
+    """The suite; or, if an axis is given, all combinations of what is given, with one usual value for each other axis.
+
+    `fractions` replaces those of every case.
+    """
+    cases = suite(name, device)
+    if models or dtypes or presets or tokens or batch:
+        usual = TOKENS if device != "cpu" else TOKENS // CPU_SCALE
+        grid = product(models or [Model("qwen2.5")], dtypes or [Dtype.bfloat16], presets or [Preset.grpo])
+        cases = [
+            case(model.value, batch or BATCH, T, dtype, preset, device)
+            for model, dtype, preset in grid
+            for T in tokens or [usual]
+        ]
+    return list(dict.fromkeys(replace(case, **fractions) for case in cases))

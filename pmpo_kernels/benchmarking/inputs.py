@@ -1,0 +1,135 @@
+"""A batch with signal in it, built in chunks of rows on its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels.benchmarking.cases import Case
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.reference import STATS, trajectory
+
+CHUNK_ELEMENTS = 2**25  # 256 MiB in float64, the unit of everything that is computed in float64
+PEAKS = 16  # likely tokens of a row
+NOISE = 0.1  # standard deviation of log-ratios that are not clipped
+MARGIN = 2e-3  # distance of a token's log-ratio from the clip bounds
+
+
+class Inputs(NamedTuple):
+    """logits (B, T, V); token_ids, old_logp, mask (B, T); advantages (B,); power (B,) float64 where it is adaptive."""
+
+    logits: Tensor
+    token_ids: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    mask: Tensor
+    power: Tensor | None
+
+
+def chunks(rows: int, vocab: int) -> Iterator[slice]:
+    """Slices of at most `CHUNK_ELEMENTS` / V rows, at least one."""
+    size = max(1, CHUNK_ELEMENTS // vocab)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def build_inputs(case: Case) -> Inputs:
+    """Tokens sampled from the softmax of `language_logits`, old_logp = logp - d with d of `log_ratios`.
+
+    Lengths are spread evenly over T (1 - 2 padded .. 1) in random order. Advantages have both signs, the last
+    trajectories have 0. The adaptive p is solved once, by the reference in float64.
+    """
+    B, T, V = case.batch, case.tokens, case.vocab
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    random: dict[str, Any] = {"generator": generator, "device": case.device}
+    even = (torch.randperm(B, **random) + 0.5) / B
+    lengths = T - (2 * case.padded * T * even).round().long()
+    mask = torch.arange(T, device=case.device) < lengths[:, None]
+    advantages = torch.randn(B, **random).abs() + 0.5
+    advantages[1::2] *= -1
+    advantages[B - _count(case.zero_advantage, B) :] = 0
+
+    logits = torch.empty(B, T, V, dtype=getattr(torch, case.dtype.value), device=case.device)
+    token_ids = torch.empty(B, T, dtype=torch.int64, device=case.device)
+    logp = torch.empty(B, T, dtype=torch.float64, device=case.device)
+    for rows in chunks(B * T, V):
+        z = logits.view(B * T, V)[rows]
+        z.copy_(language_logits(z.shape[0], V, random))
+        log_q = z.double().log_softmax(-1)
+        ids = torch.multinomial(log_q.exp(), 1, generator=generator)
+        token_ids.view(-1)[rows] = ids[:, 0]
+        logp.view(-1)[rows] = log_q.gather(-1, ids)[:, 0]
+    old_logp = (logp - log_ratios(case, mask, advantages, random)).float()
+    power = None
+    if case.config.power == "ess":
+        power = flat_trajectory(logp, old_logp, advantages, mask, case.config)[2][STATS.index("power")]
+    return Inputs(logits, token_ids, old_logp, advantages, mask, power)
+
+
+def language_logits(rows: int, V: int, random: dict[str, Any]) -> Tensor:
+    """(rows, V) float32: 2 N(0, 1), and 16 random columns raised to compete with all others together: log V + 4 - 1.5 log k.
+
+    The spread of a language model's: entropies from near 0 to some nats, the sampled token mostly a likely one.
+    """
+    z = 2 * torch.randn(rows, V, **random)
+    peaks = torch.randint(0, V, (rows, PEAKS), **random)
+    raised = math.log(V) + 4 - 1.5 * torch.arange(1, PEAKS + 1, device=z.device).log()
+    return z.scatter_add_(1, peaks, raised.expand(rows, -1))
+
+
+def log_ratios(case: Case, mask: Tensor, advantages: Tensor, random: dict[str, Any]) -> Tensor:
+    """d (B, T) float64, noise of 0.1 with exactly the case's fraction clipped.
+
+    No token lies within 1e-3 of a clip bound, where rounding would decide whether it is clipped. Where whole trajectories
+    are clipped (p = 0: by their mean, and the bounds are a few 1e-4), no mean lies within half of a bound.
+    """
+    config, sign = case.config, advantages.double().sign()
+    low, high = config.clip_low, config.clip_high
+    bound = torch.where(sign > 0, high, low)
+    noise = NOISE * torch.randn(mask.shape, dtype=torch.float64, **random)
+    if config.clip == "token":
+        limit = min(low, high) - MARGIN
+        chosen = _choose(mask & (sign != 0)[:, None], case.clipped, random)
+        beyond = sign[:, None] * (bound[:, None] + MARGIN + noise.abs())
+        return torch.where(chosen, beyond, limit * torch.tanh(noise / limit))
+    chosen = _choose(sign != 0, case.clipped, random)
+    inside = min(low, high) * (torch.rand(sign.shape, dtype=torch.float64, **random) - 0.5)
+    mean = torch.where(chosen, 2 * sign * bound, inside)
+    noise_mean = torch.where(mask, noise, 0).sum(-1) / mask.sum(-1)
+    return noise + (mean - noise_mean)[:, None]
+
+
+def _choose(candidates: Tensor, fraction: float, random: dict[str, Any]) -> Tensor:
+    """A random bool tensor that is true for exactly this fraction, rounded, of the candidates."""
+    score = torch.where(candidates, torch.rand(candidates.shape, **random), 2).flatten()
+    chosen = torch.zeros_like(candidates).flatten()
+    chosen[score.argsort()[: _count(fraction, int(candidates.sum()))]] = True
+    return chosen.view(candidates.shape)
+
+
+def _count(fraction: float, total: int) -> int:
+    return math.floor(fraction * total + 0.5)
+
+
+def flat_trajectory(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig, power: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference's trajectory stage (dlogp, dentropy, stats) on padded (B, T) tensors."""
+    B, T = logp.shape
+    return trajectory(
+        logp.flatten(),
+        old_logp.flatten(),
+        advantages,
+        mask.flatten(),
+        torch.arange(B + 1, device=logp.device) * T,
+        None,
+        None,
+        None,
+        power,
+        None,
+        config.trajectory_options(has_power=power is not None, has_target_ess=False),
+    )
