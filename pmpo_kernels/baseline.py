@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import trajectory
+from pmpo_kernels.reference import STATS, trajectory
 
 
 def eager_token_logp(
@@ -33,7 +34,10 @@ def eager_pmpo_loss(
     config: LossConfig,
     power: Tensor | None = None,
 ) -> Tensor:
-    """Scalar loss on padded (B, T, V) logits, its gradient left to autograd; `power` (B,) replaces config.power."""
+    """Scalar loss on padded (B, T, V) logits, its gradient left to autograd; `power` (B,) replaces config.power.
+
+    With config.power "ess" p is solved here, by the reference, unless it is given. Without the KL term.
+    """
     logp, entropy = eager_token_logp(logits, token_ids, config.temperature, entropy_gradient=config.entropy_coef != 0)
     return eager_loss_from_logp(logp, entropy, old_logp, advantages, mask, config, power)
 
@@ -47,22 +51,49 @@ def eager_loss_from_logp(
     config: LossConfig,
     power: Tensor | None = None,
 ) -> Tensor:
-    """The rest of the loss, from logp and entropy (B, T): O(tokens), the reference's trajectory part.
+    """The rest of the loss, from logp and entropy (B, T), in float64: it costs O(tokens)."""
+    if config.beta:
+        raise ValueError(f"config.beta: expected 0, the baseline has no KL term, got {config.beta}")
+    old_logp = logp.detach() if old_logp is None else old_logp
+    if power is not None:
+        p = power.double()
+    elif config.power == "ess":
+        p = _solve(logp.detach(), old_logp, advantages, mask, config)
+    else:
+        p = torch.full_like(advantages, config.power, dtype=torch.float64)
+    A, n = advantages.double(), mask.sum(-1).double()
+    d = torch.where(mask, logp - old_logp, 0).double()
+    if config.clip == "token":
+        d = _clip(d, A[:, None], config)
+    # log of the power mean over the response tokens, p -> 0 being the mean of the logs
+    mean = torch.where(mask, d, 0).sum(-1) / n.clamp(min=1)
+    power_sum = torch.where(mask | (n == 0)[:, None], p[:, None] * d, -torch.inf).logsumexp(-1)
+    log_m = torch.where(p == 0, mean, (power_sum - n.clamp(min=1).log()) / torch.where(p == 0, 1, p))
+    if config.clip == "sequence":
+        log_m = _clip(log_m, A, config)
+    loss = torch.where(n > 0, -A * log_m.exp(), 0)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * torch.where(mask, entropy, 0).double().sum(-1) / n.clamp(min=1)
+    if config.loss_agg_mode == "token-mean":
+        total = (n * loss).sum() / n.sum().clamp(min=1)
+    elif config.loss_agg_mode == "seq-mean-token-mean":
+        total = loss.sum() / (n > 0).sum().clamp(min=1)
+    else:
+        assert config.max_length is not None
+        total = (n * loss).sum() / config.max_length / (n > 0).sum().clamp(min=1)
+    return total.to(logp.dtype)
 
-    With config.power "ess" p is solved here unless it is given.
-    """
+
+def _solve(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """p (B,) by the reference."""
     B, T = logp.shape
-    _, _, stats = trajectory(
-        logp.reshape(-1),
-        None if old_logp is None else old_logp.reshape(-1),
-        advantages,
-        mask.reshape(-1),
-        torch.arange(B + 1, device=logp.device) * T,
-        None,
-        None,
-        entropy.reshape(-1),
-        power,
-        None,
-        config.trajectory_options(has_power=power is not None, has_target_ess=False),
-    )
-    return total_loss(stats, config, default_denominator(stats.detach(), config)).to(logp.dtype)
+    options = config.trajectory_options(has_power=False, has_target_ess=False)
+    flat = (logp.flatten(), old_logp.flatten(), advantages, mask.flatten(), torch.arange(B + 1, device=logp.device) * T)
+    return trajectory(*flat, None, None, None, None, None, options)[2][STATS.index("power")]
+
+
+def _clip(d: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
+    """The one-sided clip by the advantage's sign, and the dual clip."""
+    ceiling = math.inf if config.dual_clip is None else math.log(config.dual_clip)
+    negative = d.clamp(min=-config.clip_low, max=ceiling)
+    return torch.where(advantage > 0, d.clamp(max=config.clip_high), torch.where(advantage < 0, negative, d))
