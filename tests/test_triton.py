@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import sweep
 import torch
 from conftest import device_of
 from torch import Tensor
 
 from pmpo_kernels import reference
+from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.ops import stage
 from pmpo_kernels.triton.launch import MULTIPROCESSORS, LaunchConfig, VocabLaunch, launch_config
 
@@ -146,3 +148,23 @@ def test_no_further_compiles_over_lengths() -> None:
     assert found["all"] == {
         "_dlogits_bwd_kernel": 4, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_trajectory_fwd_kernel": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["token_logp", "dlogits"])
+def test_settings_of_the_sweep_are_right(name: str) -> None:
+    """benchmarks/sweep.py times nothing that is wrong; here every setting runs, is right, and is another one."""
+    candidates = [*sweep.settings(name), sweep.Setting(shared=False), sweep.Setting(shared=True)]
+    found = sweep.compare(name, sweep.stages(3, 20_003, torch.bfloat16, DEVICE)[name], candidates, 1, DEVICE == "cuda")
+    assert list(found) == candidates
+    assert all(isinstance(spread, Spread) for spread in found.values()), found
+    configs = {sweep.config_of(name, setting, 20_003, torch.bfloat16, "sm_90", 300) for setting in candidates}
+    assert len(configs) == len(candidates) - 1  # a program a row is the default
+
+
+def test_the_sweep_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    want = torch.zeros(3)
+    results = iter([(want,), (want,), (want + 1,), (want,), (want,), (want,)])
+    candidates = [sweep.Setting(), sweep.Setting(threads=128)]
+    found = sweep.compare("token_logp", lambda: next(results), candidates, 1, cuda=False)
+    assert isinstance(found[candidates[0]], Spread)
+    assert found[candidates[1]] == "wrong result, not timed"
