@@ -1,4 +1,4 @@
-"""Write the measured figures into README.md and docs/performance.md, from the JSON files under benchmarks/results/.
+"""Write the figures into README.md, docs/performance.md and docs/performance_cpu.md, from the JSON files under benchmarks/results/.
 
 python benchmarks/readme_table.py          renews the blocks between the markers
 python benchmarks/readme_table.py --check  exits 1 if a block does not say what the files say
@@ -76,14 +76,48 @@ def comparison(files: dict[Path, Content]) -> list[str]:
     return [f"{presets}, {machine(first, device)}:", "", *table(header, rows)]
 
 
+def shares(files: dict[Path, Content]) -> list[str]:
+    """One table for the cases of `run.py` on one machine: a line a case and variant, shares of the copy bandwidth."""
+    first = next(iter(files.values()))
+    header = [
+        "logits, loss",
+        "variant",
+        "forward ms (share of copy)",
+        "backward ms (share)",
+        "both ms",
+        "memory",
+        "error",
+    ]
+    rows = []
+    for path, content in files.items():
+        case = content["case"]
+        shape = (
+            f"{case['model']} ({case['batch']}, {case['tokens']}, {case['vocab']:,}) {case['dtype']}, {case['preset']}"
+        )
+        for i, row in enumerate(content["results"]):
+            cells = [f"[{shape}]({path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
+            if row["problem"]:
+                rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
+                continue
+            timing, share = next(iter(row["timings"].values())), row["share_of_copy"]
+            cells += [f"{ms(timing[p]['median'])} ({share[p]:.0%})" for p in ("forward", "backward")]
+            memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+            rows.append([*cells, ms(timing["both"]["median"]), memory, f"{row['gradient_error']:.1e}"])
+    return [f"{machine(first, first['case']['device'])}:", "", *table(header, rows)]
+
+
 def readme() -> str:
     """Everything between the two markers of the README."""
     files = load("bench-*.json")
-    parts = []
-    if not any(content["case"]["device"] != "cpu" for content in files.values()):
+    on_gpu = {path: c for path, c in load("run-*.json").items() if c["case"]["device"] != "cpu"}
+    parts = [
+        "\n".join(shares({p: c for p, c in on_gpu.items() if p.parent == f})) for f in {p.parent: 0 for p in on_gpu}
+    ]
+    if not parts:
         parts.append(
             "Nothing has been measured on a GPU yet: [benchmarks/results/PENDING.md](benchmarks/results/PENDING.md)"
-            " lists what is missing, and `pmpo-kernels bench` measures it on your machine. On a CPU, medians:"
+            " lists what is missing, and `benchmarks/gpu.sh` measures it on your machine; what the binaries promise is in"
+            " [docs/performance.md](docs/performance.md). On a CPU, medians:"
         )
     for folder in dict.fromkeys(path.parent for path in files):
         mine = {path: content for path, content in files.items() if path.parent == folder}
@@ -180,11 +214,58 @@ def predictions(content: Content) -> str:
     return "\n".join(lines)
 
 
+def settings(content: Content) -> str:
+    """The alternatives to the default launch settings, by their binaries."""
+    header = [
+        "kernel",
+        "threads",
+        "bytes a thread",
+        "registers",
+        "threads a multiprocessor",
+        "KiB loading",
+        "covers ns",
+    ]
+    header += ["instructions a column", "loads before the first use"]
+    rows = []
+    for binary in sorted(content["alternatives"], key=lambda b: (b["kernel"], b["threads"], b["bytes_a_thread"])):
+        stage, _, vocab = binary["kernel"].split()
+        found = predict(binary, H200, ROWS * int(vocab[2:]), 2 if stage == "token_logp" else 4)
+        loop, default = binary["loop"], (256, 64 if stage == "token_logp" else 32)
+        chosen = (binary["threads"], binary["bytes_a_thread"]) == default
+        cells = [
+            stage + " (chosen)" * chosen,
+            str(binary["threads"]),
+            str(binary["bytes_a_thread"]),
+            str(binary["registers"]),
+        ]
+        cells += [f"{found.resident_threads:,}", f"{found.bytes_in_flight / 2**10:.0f}", f"{found.covered_ns:,.0f}"]
+        rows.append([*cells, f"{loop['instructions']:.1f}", f"{loop['loads_ahead']} of {loop['loads']}"])
+    return "\n".join(table(header, rows))
+
+
+def trajectory_passes(content: Content) -> str:
+    """Instructions a token of the passes of the trajectory kernel on sm_90."""
+    (binary,) = (b for b in content["binaries"] if b["arch"] == "sm_90" and b["kernel"] == "trajectory fp32")
+    passes = sorted((p["instructions"], p["float64"]) for p in binary["passes"])
+    newton, heaviest = passes[0], passes[-1]
+    total = sum(p["instructions"] for p in binary["passes"])
+    return (
+        f"The trajectory kernel ({binary['registers']} registers, {binary['threads']} threads a trajectory) takes "
+        f"{newton[0]:.0f} instructions a token in its cheapest pass, a Newton step at p near 0, of which {newton[1]:.0f} on "
+        f"float64, and {heaviest[0]:.0f} in the pass for the metrics; {total:.0f} if every loop ran once."
+    )
+
+
 def performance() -> str:
-    """Everything between the two markers of docs/performance.md."""
+    """What the binaries promise, between the two markers of docs/performance.md."""
+    compiled = json.loads((RESULTS / "binaries.json").read_text())
+    return "\n\n".join([START, predictions(compiled), trajectory_passes(compiled), settings(compiled), END])
+
+
+def performance_cpu() -> str:
+    """Everything between the two markers of docs/performance_cpu.md."""
     files = load("stages.json")
-    parts = [predictions(json.loads((RESULTS / "binaries.json").read_text()))]
-    parts += [
+    parts = [
         f"{stages(c)}\n\n![Stages and floors](../{p.with_suffix('.png').relative_to(ROOT).as_posix()})"
         for p, c in files.items()
     ]
@@ -193,7 +274,13 @@ def performance() -> str:
 
 def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> None:
     """Renew the blocks, or with --check compare them."""
-    for path, block in ((ROOT / "README.md", readme()), (ROOT / "docs" / "performance.md", performance())):
+    docs = ROOT / "docs"
+    blocks = {
+        ROOT / "README.md": readme(),
+        docs / "performance.md": performance(),
+        docs / "performance_cpu.md": performance_cpu(),
+    }
+    for path, block in blocks.items():
         text = path.read_text()
         renewed = text[: text.index(START)] + block + text[text.index(END) + len(END) :]
         if check and renewed != text:

@@ -1,9 +1,12 @@
 """Small forward and backward passes of the Triton kernels, for `compute-sanitizer python benchmarks/sanitize.py`.
 
-Lengths and vocabularies that are no multiple of a block, so that every tail mask is exercised.
+Lengths and vocabularies that are no multiple of a block, rows that begin anywhere, rows shared by several programs and not,
+so that every tail, edge and mask is exercised.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 
@@ -13,9 +16,9 @@ from pmpo_kernels.impls import interpreted
 CONFIGS = {"pmpo": LossConfig.pmpo(entropy_coef=0.01, beta=0.1), "gspo": LossConfig.gspo()}
 
 
-def run(V: int, dtype: torch.dtype, packed: bool, inplace: bool, config: LossConfig, device: str) -> None:
-    """One loss and its gradient on four trajectories of up to 37 tokens."""
-    B, T = 4, 37
+def run(V: int, T: int, dtype: torch.dtype, packed: bool, inplace: bool, config: LossConfig, device: str) -> None:
+    """One loss and its gradient on four trajectories of up to T tokens."""
+    B = 4
     generator = torch.Generator(device).manual_seed(0)
     logits = (2 * torch.randn(B, T, V, generator=generator, device=device)).to(dtype)
     token_ids = torch.randint(0, V, (B, T), generator=generator, device=device)
@@ -43,20 +46,19 @@ def run(V: int, dtype: torch.dtype, packed: bool, inplace: bool, config: LossCon
         impl="triton",
     )
     (gradient,) = torch.autograd.grad(out.loss, logits)
-    assert bool(out.loss.isfinite()), (V, dtype, packed, inplace, config)
-    assert bool(gradient.isfinite().all()), (V, dtype, packed, inplace, config)
+    assert bool(out.loss.isfinite()), (V, T, dtype, packed, inplace, config)
+    assert bool(gradient.isfinite().all()), (V, T, dtype, packed, inplace, config)
 
 
 def main() -> None:
     """Every combination; on CPU tensors only under Triton's interpreter."""
     device = "cpu" if interpreted() else "cuda"
-    for V in (1000, 5003):
+    for V, T in ((1000, 37), (17_003, 37), (17_003, 80)):  # 320 rows are enough for a program each
         for dtype in (torch.bfloat16, torch.float32):
             for packed in (False, True):
-                for inplace in (False, True):
-                    for config in CONFIGS.values():
-                        run(V, dtype, packed, inplace, config, device)
-                print(f"ran V={V} {dtype} {'packed' if packed else 'padded'} on {device}", flush=True)
+                for inplace, config in product((False, True), CONFIGS.values()):
+                    run(V, T, dtype, packed, inplace, config, device)
+                print(f"ran V={V} T={T} {dtype} {'packed' if packed else 'padded'} on {device}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python benchmarks/stages.py --out benchmarks/results/<machine>
 
-Writes stages.json and stages.png; `benchmarks/readme_table.py` puts the figures into docs/performance.md.
+Writes stages.json and stages.png; `benchmarks/readme_table.py` puts the figures into docs/performance_cpu.md.
 """
 
 from __future__ import annotations
