@@ -246,13 +246,18 @@ def settings(content: Content) -> str:
 def trajectory_passes(content: Content) -> str:
     """Instructions a token of the passes of the trajectory kernel on sm_90."""
     (binary,) = (b for b in content["binaries"] if b["arch"] == "sm_90" and b["kernel"] == "trajectory fp32")
-    passes = sorted((p["instructions"], p["float64"]) for p in binary["passes"])
-    newton, heaviest = passes[0], passes[-1]
-    total = sum(p["instructions"] for p in binary["passes"])
+    # in the binary's order; a pass at one p has a loop for weights far from 1 and one for weights near 1
+    sums, figures, variance, _, most, _, _, _, newton, _, last, gradient = (p["instructions"] for p in binary["passes"])
+    tokens, steps, V = 4096, 3, 151_936
+    total = sums + figures + variance + most + steps * newton + last + gradient
+    alone = 1e3 * tokens * total / H200.instructions / H200.clock_hz
+    step = 1e3 * 3 * 2 * tokens * V * 2 / H200.bandwidth
     return (
-        f"The trajectory kernel ({binary['registers']} registers, {binary['threads']} threads a trajectory) takes "
-        f"{newton[0]:.0f} instructions a token in its cheapest pass, a Newton step at p near 0, of which {newton[1]:.0f} on "
-        f"float64, and {heaviest[0]:.0f} in the pass for the metrics; {total:.0f} if every loop ran once."
+        f"The trajectory kernel has {binary['registers']} registers and {binary['threads']} threads a trajectory. Instructions "
+        f"a token: {sums:.0f} for log weights and counts, {figures:.0f} for the metrics, {newton:.0f} a Newton step, "
+        f"{gradient:.0f} for the gradient. A trajectory of {tokens:,} tokens with {steps} Newton steps takes at least "
+        f"{alone:.3f} ms on its multiprocessor, {alone / step:.1%} of the {step:.2f} ms that a step on two of them takes by its "
+        f"bytes (bfloat16, V = {V:,}); latencies, which a single program hides badly, come on top."
     )
 
 
