@@ -51,7 +51,7 @@ def metrics(
     names = ("clip_fraction_low", "clip_fraction_high", "ratio_mean", "approx_kl", "ref_kl", "entropy", "power_mean",
              "ess", "ess_target", "policy_loss", "tokens", "trajectories", "ratio_max", "power_max", "power_min")  # fmt: skip
     out = dict(zip(names, torch.cat(values).to(dtype).unbind(), strict=True))
-    out["power_min"] = -out["power_min"]
+    out["power_min"] = 0 - out["power_min"]  # of no trajectories 0, not -0
     out["clip_fraction"] = out["clip_fraction_low"] + out["clip_fraction_high"]
     absent = {"ref_kl": not has_ref_logp, "entropy": not has_entropy}
     return {name: value for name, value in out.items() if not absent.get(name)}

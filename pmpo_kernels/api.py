@@ -53,7 +53,7 @@ def token_logp(
     Args and errors as in `pmpo_loss`. Saves nothing of the logits' size but the logits themselves.
     """
     checks.check_logits(logits, token_ids)
-    temperature = checks.check_number("temperature", temperature)
+    temperature = checks.check_temperature(temperature)
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
     if inplace:

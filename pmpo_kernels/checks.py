@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pmpo_kernels.config import TEMPERATURE_RANGE, representable
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -80,6 +82,14 @@ def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
     return float(value)
+
+
+def check_temperature(value: object) -> float:
+    """`value` as a float, if it is a temperature that float32 can divide by."""
+    temperature = check_number("temperature", value)
+    if not representable(temperature):
+        raise ValueError(f"temperature: expected {TEMPERATURE_RANGE}, got {value!r}")
+    return temperature
 
 
 def checks_values(tensor: Tensor) -> bool:

@@ -38,6 +38,14 @@ class TrajectoryOptions(NamedTuple):
     entropy_coef: float
 
 
+TEMPERATURE_RANGE = "a number from 1e-30 to 1e30"
+
+
+def representable(temperature: float) -> bool:
+    """Whether a temperature and its inverse are normal numbers of float32, with room for a factor."""
+    return 1e-30 <= temperature <= 1e30
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """All options of the power-mean policy loss. `LossConfig()` is `LossConfig.pmpo()`.
@@ -102,6 +110,7 @@ class LossConfig:
         for name in ("clip_low", "clip_high", "temperature", "ess_sharpness", "power_max"):
             value = _number(name, getattr(self, name), "a finite number > 0")
             _expect(name, value > 0, "a finite number > 0", value)
+        _expect("temperature", representable(self.temperature), TEMPERATURE_RANGE, self.temperature)
         for name in ("full_clip_fraction", "ess_floor"):
             value = _number(name, getattr(self, name), "a number in (0, 1]")
             _expect(name, 0 < value <= 1, "a number in (0, 1]", value)

@@ -71,15 +71,6 @@ def empty_gradient(logits: Tensor, *args: Any) -> Tensor:
     return out if out.stride(-1) == 1 else logits.new_empty(logits.shape)
 
 
-def _aligned_like(out: Tensor, logits: Tensor) -> Tensor:
-    """`out`, or one like it whose storage begins as far from a 16-byte boundary as the logits do (a slice with V odd): rows
-    that lie alike are read and written 16 bytes at a time."""
-    shift = logits.data_ptr() % 16 // logits.element_size()
-    if not shift or not out.numel():
-        return out
-    return out.new_empty(out.numel() + shift).as_strided(out.shape, out.stride(), shift)
-
-
 def _solve_power_fake(log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tensor, *args: Any) -> tuple[Tensor, ...]:
     B = cu_seqlens.numel() - 1
     return tuple(log_weights.new_empty(B, dtype=dtype) for dtype in (torch.float64, torch.int64, torch.float64))
@@ -110,7 +101,7 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
         check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)
     if name == "dlogits":
-        return implementation.dlogits(*args, out=_aligned_like(empty_gradient(args[0]), args[0]))
+        return implementation.dlogits(*args, out=empty_gradient(args[0]))
     if name == "dlogits_":
         implementation.dlogits(*args, out=args[0])
         return None

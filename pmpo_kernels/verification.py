@@ -146,7 +146,8 @@ def error_bound(
     """Bound on each part of the error and on the loss error over its scale, from the rounding of each step.
 
     With u the unit roundoff of the arithmetic (float32 for 16-bit logits) and x the largest |logits / temperature|:
-    - x, x - max and log q carry at most u (2 |x| + 2 (|x| + max|x|) + log V): together delta;
+    - z - max, its product with 1 / T (in base 2 with log2(e) / T, itself rounded) and log q: at most three roundings of
+      |x| + max|x| and one of log V, u (6 x + log V), together delta;
     - row_sum adds V positive terms, at most `partial_sum` one after the other, then a tree: u (partial_sum + log2 V);
     - the coefficient depends on logp as exp((1 + 2|p|) d), so it multiplies delta by 1 + 2|p| (3 |p| for the weights);
     - a p `solved` from the same logp, where the exact gradient has its own, has a relative error of delta / sd(l), which
@@ -162,8 +163,8 @@ def error_bound(
 
 
 def row_sum_tolerance(case: Case) -> float:
-    """Bound on the row sum alone, which does not grow with |x|: whatever the rounding of x is, q sums to 1 if the sum, the
-    target and the gradient are made of the same rounded x - max.
+    """Bound on the row sum alone, which does not grow with |x|: whatever the rounding is, q sums to 1 if the sum, the
+    target and the gradient are made of the same rounded (z - max) / T.
 
     - row_sum and sum q add V positive terms each, at most 64 to a partial sum, then a tree: 2 u (64 + log2 V);
     - log q = x - max - log(row_sum) and the entropy's factor carry u log V each, weighted by q; exp, products, stores: 16 u;

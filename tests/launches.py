@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from itertools import product
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -21,7 +22,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from pmpo_kernels import LossConfig
 from pmpo_kernels import triton as stages
 from pmpo_kernels.config import TrajectoryOptions
-from pmpo_kernels.ops import stage
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 variants: dict[str, set[str]] = defaultdict(set)
@@ -51,7 +51,7 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
         torch.arange(B + 1) * T, flat if optional else None, flat if optional else None, entropy.flatten(),
         torch.zeros(B) if optional else None, None, options,
     )  # fmt: skip
-    stage("dlogits", "triton")(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
+    stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 
 
 def counts() -> dict[str, int]:
@@ -64,6 +64,10 @@ def main() -> None:
         step(4, 8, V, LossConfig.pmpo(), optional=True)
         step(300, 1, 9 * V, LossConfig.pmpo(), optional=False)
         step(1, 1, 9 * V, LossConfig.pmpo(), optional=False)
+        for vocab, T in product(
+            (V, 9 * V), (16, 17)
+        ):  # T odd takes a slice: if V is odd the gradient does not lie like it
+            step(2, T, vocab, LossConfig.pmpo(), optional=False)
     first = counts()
     configs = (
         LossConfig.grpo(),

@@ -23,6 +23,7 @@ from pmpo_kernels import LossConfig
         ({"clip_low": 0.0}, "clip_low: expected a finite number > 0, got 0.0"),
         ({"clip_high": math.inf}, "clip_high: expected a finite number > 0, got inf"),
         ({"temperature": -1.0}, "temperature: expected a finite number > 0, got -1.0"),
+        ({"temperature": 1e39}, "temperature: expected a number from 1e-30 to 1e30, got 1e\\+39"),
         ({"ess_sharpness": 0.0}, "ess_sharpness: expected a finite number > 0"),
         ({"full_clip_fraction": 1.5}, r"full_clip_fraction: expected a number in \(0, 1\], got 1.5"),
         ({"ess_floor": 0.0}, r"ess_floor: expected a number in \(0, 1\], got 0.0"),

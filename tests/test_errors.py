@@ -123,6 +123,8 @@ def test_bad_call_from_logp(change: dict[str, Any], error: type[Exception], mess
 def test_bad_token_logp_call() -> None:
     with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got 0"):
         token_logp(GOOD["logits"], GOOD["token_ids"], temperature=0)
+    with pytest.raises(ValueError, match="temperature: expected a number from 1e-30 to 1e30, got 1e-39"):
+        token_logp(GOOD["logits"], GOOD["token_ids"], temperature=1e-39)
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\), got \(3,\)"):
         token_logp(GOOD["logits"], GOOD["token_ids"], mask=torch.ones(T, dtype=torch.bool))
 

@@ -190,4 +190,35 @@ def test_nan_is_not_hidden_in_the_statistics(impl: str, device: str, rule: str) 
     out = pmpo_loss_from_logp(logp, old, A, target_ess=target, config=config, impl=impl)
     assert not bool(out.loss.isfinite())
     assert out.ess.isnan().all()
+    assert out.metrics["ratio_max"].isnan()
     assert out.power.isnan().all() if power == "ess" else (out.power == power).all()
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, -3e38])
+@pytest.mark.parametrize(
+    ("temperature", "entropy_coef", "scale"), [(1e-3, 1e6, 1.0), (1.0, 6e8, 1.0), (1.0, 0.01, 2.0**36)]
+)
+def test_banned_tokens_under_a_large_entropy_gradient(
+    impl: str, device: str, lowest: float, temperature: float, entropy_coef: float, scale: float
+) -> None:
+    """A token of probability 0 has gradient 0, however large the factor of q log q is."""
+    z = torch.tensor([[[9.0, -20.0, lowest, -30.0]]], device=device, requires_grad=True)
+    config = LossConfig.grpo(temperature=temperature, entropy_coef=entropy_coef)
+    out = pmpo_loss(
+        z,
+        torch.zeros(1, 1, dtype=torch.int64, device=device),
+        None,
+        torch.ones(1, device=device),
+        config=config,
+        impl=impl,
+    )
+    (out.loss * scale).backward()
+    assert out.loss.isfinite()
+    assert z.grad.isfinite().all()
+    assert z.grad[0, 0, 2] == 0
+
+
+def test_metrics_of_nothing_are_positive_zeros(impl: str, device: str) -> None:
+    none = torch.zeros(2, 3, device=device)
+    out = pmpo_loss_from_logp(none, none, torch.ones(2, device=device), mask=none.bool(), impl=impl)
+    assert all(value == 0 and not value.signbit() for value in out.metrics.values())

@@ -89,7 +89,7 @@ def test_programs_a_row_change_no_bit(monkeypatch: pytest.MonkeyPatch, V: int, d
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("V", [16, 17, 23, 1003, 4101])
+@pytest.mark.parametrize("V", [*range(1, 18), 23, 1003, 4101])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_alignment_changes_no_bit_of_the_gradient(V: int, dtype: torch.dtype) -> None:
     """In place at every offset from a 16-byte boundary: the same bits, and nothing is written before or after the rows."""
@@ -138,7 +138,8 @@ def test_vocabularies_of_real_models(V: int, dtype: torch.dtype) -> None:
 
 def test_no_further_compiles_over_lengths() -> None:
     """Four vocabularies, 50 shapes (B, T), presets, temperatures, optional inputs there or not, slices of any alignment:
-    one variant of each kernel a vocabulary, one of the trajectory kernel in all."""
+    one variant of each kernel a vocabulary, one of the trajectory kernel in all; `dlogits` has another one where rows of logits
+    and gradient lie unlike to 16-byte boundaries, as slices do if V is odd."""
     program = Path(__file__).with_name("launches.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=600)
@@ -146,7 +147,7 @@ def test_no_further_compiles_over_lengths() -> None:
     found = json.loads(done.stdout)
     assert found["all"] == found["first"]
     assert found["all"] == {
-        "_dlogits_bwd_kernel": 4, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_trajectory_fwd_kernel": 1,
+        "_dlogits_bwd_kernel": 6, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_trajectory_fwd_kernel": 1,
     }  # fmt: skip
 
 

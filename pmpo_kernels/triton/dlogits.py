@@ -23,8 +23,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def _gradient(z, cols, token_id, row_max, scale, constant, slope, target):
     """exp(x) (constant + slope x log2(e)) of x = (z - row_max) / temperature, and `target` more at the token's column."""
     t = exponent(z.to(row_max.dtype), row_max, scale)
-    grad = tl.exp2(t) * tl.fma(slope, t, constant)
-    return tl.where(cols == token_id, grad + target, grad)
+    return tl.fma(tl.exp2(t), tl.fma(slope, t, constant), tl.where(cols == token_id, target, 0.0))
 
 
 @triton.jit
@@ -55,7 +54,7 @@ def _dlogits_bwd_kernel(
     row = b * T + t
     dtype: tl.constexpr = row_max_ptr.dtype.element_ty
     out_offset = b * stride_out_b + t * stride_out_t
-    head = ((VECTOR - (first_element + out_offset) % VECTOR) % VECTOR).to(tl.int32)
+    head = tl.minimum((VECTOR - (first_element + out_offset) % VECTOR) % VECTOR, V).to(tl.int32)
     body = (V - head) // VECTOR * VECTOR
     ACCESS: tl.constexpr = VECTOR * out_ptr.dtype.element_ty.primitive_bitwidth // 8  # bytes
     out_row_ptr = out_ptr + out_offset

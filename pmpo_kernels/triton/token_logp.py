@@ -22,7 +22,6 @@ from pmpo_kernels.triton.launch import (
     vector,
 )
 
-_LOWEST = tl.constexpr(-1e30)  # an exponent whose exp2 is 0, as is 0 times it: -inf would give NaN
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -30,8 +29,12 @@ _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def exponent(z, row_max, scale):
-    """x log2(e) of logits z: z - row_max first, so that the largest is exactly 0; `scale` is log2(e) / temperature."""
-    return tl.maximum((z - row_max) * scale, _LOWEST, propagate_nan=_NAN)
+    """x log2(e) of logits z: z - row_max first, so that the largest is exactly 0; `scale` is log2(e) / temperature.
+
+    Not below an exponent whose exp2 is 0, as is 0 times it: -inf would give NaN.
+    """
+    lowest: tl.constexpr = -1100.0 if z.dtype == tl.float64 else -160.0
+    return tl.maximum((z - row_max) * scale, lowest, propagate_nan=_NAN)
 
 
 @triton.jit

@@ -124,10 +124,9 @@ def _metric_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_e
             r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr)
             kl += _kl_penalty(r, kl_order)[0]
         entropy += tl.load(entropy_ptr + offs, mask=_given(valid, has_entropy), other=0.0).to(tl.float64)
-    return (
-        tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0), tl.sum(approx_kl, axis=0), tl.sum(kl, axis=0),
-        tl.sum(entropy, axis=0),
-    )  # fmt: skip
+    total, largest = tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0)
+    largest = tl.where(total == total, largest, total)  # a maximum passes over NaN
+    return total, largest, tl.sum(approx_kl, axis=0), tl.sum(kl, axis=0), tl.sum(entropy, axis=0)
 
 
 @triton.jit
