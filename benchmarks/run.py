@@ -22,7 +22,7 @@ from suites import Model, Suite, choose
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import host_overhead
-from pmpo_kernels.benchmarking.report import Report, accuracy_table, write_json
+from pmpo_kernels.benchmarking.report import Report, accuracy_table, wide_console, write_json
 from pmpo_kernels.benchmarking.variants import COMPILED, Variant, variants
 from pmpo_kernels.cli.bench import check_files, check_memory, measure
 
@@ -99,7 +99,7 @@ def main(
         ) from error
     check_files([*(path for case in cases for path in files(case, out)), out / TOKENS_FIGURE], overwrite)
     check_memory(cases, "--model, --tokens, --batch, --dtype")
-    console = Console()
+    console = wide_console()
     reports = [run_case(case, repeats, compiled, memory, out, console) for case in cases]
     console.print(summary_table(reports))
     if write_tokens(reports, out / TOKENS_FIGURE):

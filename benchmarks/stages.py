@@ -22,7 +22,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.machine import provenance
+from pmpo_kernels.benchmarking.report import wide_console
 from pmpo_kernels.ops import stage
 
 CACHED_V, CACHED_ROWS = 16384, (4, 12)  # logits that stay in the second-level cache, twice: calling costs drop out
@@ -169,7 +169,7 @@ def main(
         raise typer.BadParameter(
             "expected a folder without results; give --overwrite to replace them", param_hint="--out"
         )
-    console = Console()
+    console = wide_console()
     cases = [Case(vocab=vocab, batch=batch, tokens=tokens, dtype=kind) for kind in Dtype]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases) + 1)

@@ -27,6 +27,7 @@ from pmpo_kernels.benchmarking.cases import Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import lap, rotating
+from pmpo_kernels.benchmarking.report import wide_console
 from pmpo_kernels.cli.bench import check_files
 from pmpo_kernels.ops import stage
 from pmpo_kernels.triton.launch import LaunchConfig, capability, launch_config
@@ -167,7 +168,7 @@ def main(
             rate = 1e-6 * units * count * vocab * kind.itemsize / found.median
             table.add_row(*cells, f"{found.median:.4g} ({found.q1:.4g}-{found.q3:.4g})", f"{rate:,.0f}")
             results.append(entry | {"ms": asdict(found), "gigabytes_a_second": rate})
-    Console().print(table)
+    wide_console().print(table)
     out.mkdir(parents=True, exist_ok=True)
     content = {
         **provenance(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +20,12 @@ from pmpo_kernels.benchmarking.measure import TIME_METHOD
 from pmpo_kernels.benchmarking.memory import MEMORY_METHOD
 
 P_NOTE = "p is given to the rows that are not fused (solved beforehand, not timed); the fused rows solve it"
+
+
+def wide_console() -> Console:
+    """As wide as the terminal or COLUMNS; 160 where output goes to a file, for which Rich would cut the tables at 80."""
+    to_file = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=160 if to_file else None)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
     from pmpo_kernels.benchmarking.variants import variants
 
     torch.set_num_threads(threads)
-    console = Console()
+    console = reporting.wide_console()
     chosen, skipped = variants(case.device)
     for name, reason in skipped.items():
         console.print(f"not timed: {name} ({reason})")
