@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: tests, compute-sanitizer, verify, run, sweep. Continues after a failure; exits 1 if one failed.
-# Under nine minutes: each step has a limit of its own.
+# Everything that needs a GPU: tests, verify, run, sweep, compute-sanitizer. Continues after a failure; exits 1 if one failed.
+# Under nine minutes: each step has a limit of its own, and is interrupted there so that it still reports.
 # Usage: benchmarks/gpu.sh [options for run and sweep, such as --overwrite]
-#   PYTHON   interpreter with pmpo_kernels[triton,test] installed (default: python); Liger and TRL are optional
+#   PYTHON   interpreter with pmpo_kernels[triton,test] installed, or with PYTHONPATH set to this folder's parent (default:
+#            python, else python3); the C++ extension, Liger and TRL are optional
 #   RESULTS  folder for logs and JSON (default: benchmarks/results/<GPU name>)
+#   ARCHIVE  a .tgz file that the results are also packed into, whatever happens
+#   COMMIT   what is measured, for a copy of the sources without its repository: kept as commit.txt
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 unset TRITON_INTERPRET
 
-gpu=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())' 2>/dev/null) || {
+gpu=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())') || {
   echo "gpu.sh: expected a GPU visible to PyTorch, got none ($PYTHON -m pmpo_kernels info tells more)" >&2
   exit 2
 }
 RESULTS=${RESULTS:-benchmarks/results/$gpu}
 mkdir -p "$RESULTS"
+[ -z "${ARCHIVE:-}" ] || trap 'tar czf "$ARCHIVE" -C "$RESULTS" .' EXIT
+[ -z "${COMMIT:-}" ] || echo "$COMMIT" >"$RESULTS/commit.txt"
 failed=()
 skipped=""
 
@@ -23,32 +28,32 @@ step() {
   local name=$1 seconds=$2 start=$SECONDS
   shift 2
   echo "== $name"
-  timeout "$seconds" "$@" 2>&1 | tee "$RESULTS/$name.log"
+  timeout -s INT -k 10 "$seconds" "$@" 2>&1 | tee "$RESULTS/$name.log"
   local status=${PIPESTATUS[0]}
-  ((status == 124)) && echo "$name: stopped after $seconds s" | tee -a "$RESULTS/$name.log"
+  ((status == 124 || status == 137)) && echo "$name: stopped after $seconds s" | tee -a "$RESULTS/$name.log"
   ((status == 0)) || failed+=("$name")
   echo "== $name took $((SECONDS - start)) s"
 }
 
 "$PYTHON" -m pmpo_kernels info --json >"$RESULTS/info.json" || failed+=(info)
-# the tests that run Triton's kernels, and the large ones; the others need no GPU
-step tests 150 "$PYTHON" -m pytest -q tests --ignore tests/test_aot.py -k "triton or gpu"
+# what needs a GPU first, then every other test that runs Triton's kernels; the rest needs no GPU
+step tests 150 "$PYTHON" -m pytest -q --durations 10 tests/test_gpu.py tests/test_triton.py tests \
+  --ignore tests/test_aot.py -k "triton or gpu"
+step verify 30 "$PYTHON" -m pmpo_kernels verify
+step run 220 "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
+step sweep 50 "$PYTHON" benchmarks/sweep.py --out "$RESULTS" "$@"
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     # without PyTorch's caching allocator, so that each tensor is an allocation of its own
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer-$tool" 50 \
-      compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer-$tool" 40 \
+      compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py
   done
 else
   echo "== sanitizer: NOT RUN, compute-sanitizer is not on PATH (it comes with the CUDA toolkit)" |
     tee "$RESULTS/sanitizer.log"
   skipped=" (sanitizer not run)"
 fi
-
-step verify 40 "$PYTHON" -m pmpo_kernels verify
-step run 180 "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
-step sweep 60 "$PYTHON" benchmarks/sweep.py --out "$RESULTS" "$@"
 
 if ((${#failed[@]})); then
   echo "FAILED: ${failed[*]} (logs in $RESULTS)"

@@ -102,10 +102,12 @@ def stages(rows: int, V: int, dtype: torch.dtype, device: str) -> dict[str, Call
     }
 
 
-def agrees(name: str, got: Any, want: Any) -> bool:
+def agrees(name: str, setting: Setting, got: Any, want: Any) -> bool:
     """The gradient and rows shared by programs: same bits. Sums in other lanes: within a lane's additions, 2^17 / 128."""
     if name == "dlogits":
         return torch.equal(got, want)
+    if setting[:2] == Setting()[:2]:
+        return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     bound = torch.finfo(torch.float32).eps * 1024
     return all(bool(((a - b).abs() <= bound * b.abs().clamp(min=1)).all()) for a, b in zip(got, want, strict=True))
 
@@ -119,7 +121,7 @@ def compare(
     for setting in candidates:
         with launching(name, setting):
             try:
-                found[setting] = "" if agrees(name, f(), want) else "wrong result, not timed"
+                found[setting] = "" if agrees(name, setting, f(), want) else "wrong result, not timed"
             except Exception as error:
                 found[setting] = f"failed: {type(error).__name__}: {str(error)[:80]}"
     del want

@@ -15,18 +15,13 @@ IMPLS = ("triton", "cpp", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 
-def _triton() -> str:
-    if not TRITON_INSTALLED:
+def _problem(impl: str) -> str | None:
+    """Why an implementation cannot run here. Asks nothing that torch.compile cannot trace, such as a device's name."""
+    if impl == "triton" and not TRITON_INSTALLED:
         return "Triton is not installed (pip install triton)"
-    if interpreted():
-        return f"{USABLE} on CPU tensors, under Triton's interpreter (TRITON_INTERPRET=1)"
-    if not torch.cuda.is_available():
+    if impl == "triton" and not interpreted() and not torch.cuda.is_available():
         return "no GPU is visible to PyTorch; " + INTERPRETER
-    return f"{USABLE} on GPU tensors ({torch.cuda.get_device_name()})"
-
-
-def _cpp() -> str:
-    return cpp.problem or f"{USABLE} on CPU tensors ({cpp.isa})"
+    return (cpp.problem or None) if impl == "cpp" else None
 
 
 def interpreted() -> bool:
@@ -40,11 +35,11 @@ def available_impls() -> dict[str, str]:
     >>> available_impls()["reference"]
     'usable on any device (eager PyTorch, the specification)'
     """
-    return {
-        "triton": _triton(),
-        "cpp": _cpp(),
-        "reference": f"{USABLE} on any device (eager PyTorch, the specification)",
-    }
+    where = {"reference": "any device (eager PyTorch, the specification)", "cpp": f"CPU tensors ({cpp.isa})"}
+    if _problem("triton") is None:
+        under = "CPU tensors, under Triton's interpreter (TRITON_INTERPRET=1)"
+        where["triton"] = under if interpreted() else f"GPU tensors ({torch.cuda.get_device_name()})"
+    return {impl: _problem(impl) or f"{USABLE} on {where[impl]}" for impl in IMPLS}
 
 
 def resolve_impl(impl: str | None, device: torch.device) -> str:
@@ -61,9 +56,9 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
         impl = {"cuda": "triton", "cpu": on_cpu}.get(device.type, "reference")
     if impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {list(IMPLS)}, got {impl!r}")
-    status = available_impls()[impl]
-    if not status.startswith(USABLE):
-        raise RuntimeError(f"impl={impl!r} cannot run on {device.type} tensors: {status}")
+    problem = _problem(impl)
+    if problem:
+        raise RuntimeError(f"impl={impl!r} cannot run on {device.type} tensors: {problem}")
     if impl == "triton" and device.type != "cuda" and not interpreted():
         raise RuntimeError(f"impl='triton' cannot run on {device.type} tensors: {INTERPRETER}")
     if impl == "cpp" and device.type != "cpu":

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmpo_kernels
 from pmpo_kernels import LossConfig, available_impls, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.impls import resolve_impl
 
 B, T, V = 2, 3, 5
 GOOD = {
@@ -148,3 +149,19 @@ def test_available_impls() -> None:
     assert status["triton"].startswith("usable")
     assert status["cpp"].startswith("usable on CPU tensors (")  # a machine that runs these tests has a compiler
     assert status["reference"].startswith("usable")
+
+
+def test_an_implementation_is_chosen_without_asking_for_the_name_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile cannot trace that question, and every call would pay for it."""
+
+    def name(*args: object) -> str:
+        raise AssertionError("asked for the name of the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resolve_impl(None, torch.device("cuda")) == "triton"
+    assert resolve_impl("triton", torch.device("cuda", 0)) == "triton"
+    assert resolve_impl("cpp", torch.device("cpu")) == "cpp"
+    with pytest.raises(AssertionError, match="asked for"):
+        available_impls()

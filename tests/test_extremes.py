@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CONFIGURATIONS
 from helpers import run, small_case
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
@@ -39,16 +39,16 @@ def test_zero_advantage_is_exactly_zero(impl: str, device: str) -> None:
         assert (grad == 0).all(), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     d=st.lists(st.sampled_from([0.0, 0.3, -0.3, 5.0, -5.0, 89.0, -89.0, 400.0, -400.0, 2000.0, -2000.0]), min_size=1, max_size=6),
     advantage=st.sampled_from([1.0, -1.0, 1e-30, -1e30]),
     name=st.sampled_from(list(CONFIGURATIONS)),
-    impl=st.sampled_from(["reference", "triton", "cpp"]),
 )  # fmt: skip
-def test_a_finite_loss_has_a_finite_gradient(d: list[float], advantage: float, name: str, impl: str) -> None:
+def test_a_finite_loss_has_a_finite_gradient(
+    impl: str, device: str, d: list[float], advantage: float, name: str
+) -> None:
     """|d| > 88 overflows float32's exp: peers give a finite loss with a NaN gradient there."""
-    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
     logp = (torch.tensor([d], device=device) - 1).requires_grad_()
     old = torch.full_like(logp, -1.0).detach()
     config = replace(CONFIGURATIONS[name], temperature=1.0, entropy_coef=0.0)

@@ -239,7 +239,7 @@ def test_overlapping_rows_are_refused_in_place() -> None:
         token_logp(rows, torch.zeros(1, 3, dtype=torch.long), inplace=True)
 
 
-def test_tokens_of_no_trajectory_have_zero_gradient() -> None:
+def test_triton_gives_tokens_of_no_trajectory_zero_gradient() -> None:
     """What a GPU does with offsets that it does not check."""
     device, function = device_of("triton"), importlib.import_module("pmpo_kernels.triton").trajectory
     logp = torch.tensor([-1.0, -2.0, -3.0], device=device)

@@ -59,7 +59,7 @@ def launch_config(
     warp = 64 if capability.startswith("gfx") else 32
 
     # token_logp, 64 bytes: four 16-byte loads under way, and the work on a lane's sums spread over 32 bfloat16 columns (9.8
-    # instructions each; 10.5 with 32 bytes; 9.5 with 128, but 128 registers, so that 512 threads are resident instead of
+    # instructions each; 10.4 with 32 bytes; 9.5 with 128, but 128 registers, so that 512 threads are resident instead of
     # 768). dlogits, 32 bytes: 32 registers, so that 2,048 threads are resident; with 64 the compiler no longer starts every
     # load before the first use.
     def launch(size: int) -> tuple[int, int, int]:
