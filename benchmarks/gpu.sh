@@ -36,11 +36,13 @@ step() {
 }
 
 "$PYTHON" -m pmpo_kernels info --json >"$RESULTS/info.json" || failed+=(info)
-# what needs a GPU first, then every other test that runs Triton's kernels; the rest needs no GPU
-step tests 150 "$PYTHON" -m pytest -q --durations 10 tests/test_gpu.py tests/test_triton.py tests \
-  --ignore tests/test_aot.py -k "triton or gpu"
+# what needs a GPU, then every other test that runs Triton's kernels; the rest needs no GPU
+own=(tests/test_gpu.py tests/test_triton.py)
+step tests-gpu 80 "$PYTHON" -m pytest -q --durations 10 "${own[@]}"
+step tests-kernels 80 "$PYTHON" -m pytest -q --durations 10 tests --ignore tests/test_aot.py \
+  --ignore "${own[0]}" --ignore "${own[1]}" -k "triton or gpu"
 step verify 30 "$PYTHON" -m pmpo_kernels verify
-step run 220 "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
+step run 210 "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
 step sweep 50 "$PYTHON" benchmarks/sweep.py --out "$RESULTS" "$@"
 
 if command -v compute-sanitizer >/dev/null; then
