@@ -1,7 +1,7 @@
 """Fused power-mean policy losses for reinforcement learning of language models: GRPO, GMPO, HMPO, GSPO, HölderPO, PMPO."""
 
 from pmpo_kernels import reference
-from pmpo_kernels.api import PMPOOutput, TokenLogp, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.api import PMPOOutput, TokenLogp, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import available_impls
 from pmpo_kernels.solver import solve_power
@@ -13,6 +13,7 @@ __all__ = [
     "TokenLogp",
     "__version__",
     "available_impls",
+    "linear_pmpo_loss",
     "pmpo_loss",
     "pmpo_loss_from_logp",
     "reference",

@@ -9,9 +9,9 @@ from pmpo_kernels.config import LossConfig
 from pmpo_kernels.reference import STATS
 
 
-def default_denominator(stats: Tensor, config: LossConfig) -> Tensor:
-    """D of design 2.6, 0-d float64: tokens for "token-mean", else non-empty trajectories; at least 1."""
-    tokens = stats[STATS.index("tokens")]
+def default_denominator(tokens: Tensor, config: LossConfig) -> Tensor:
+    """D of design 2.6, 0-d float64, from each trajectory's tokens (B,) float64: their sum for "token-mean", else the
+    non-empty trajectories; at least 1."""
     count = tokens if config.loss_agg_mode == "token-mean" else (tokens > 0).double()
     return count.sum().clamp(min=1)
 
@@ -27,25 +27,42 @@ def total_loss(stats: Tensor, config: LossConfig, denominator: Tensor) -> Tensor
 
 
 def metrics(
-    stats: Tensor, denominator: Tensor, *, has_ref_logp: bool, has_entropy: bool, dtype: torch.dtype
+    stats: Tensor,
+    denominator: Tensor,
+    *,
+    has_ref_logp: bool,
+    has_entropy: bool,
+    dtype: torch.dtype,
+    skipped: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Detached 0-d tensors; means over tokens, or over non-empty trajectories for p and ESS. No host synchronisation.
 
+    `skipped` (B,): trajectories with A = 0 of which nothing but the tokens is known. Nothing of theirs is clipped; the other
+    means leave them out.
     Few operations on whole rows: each is a kernel of its own on a GPU, and a dozen metrics one by one would be a hundred.
     """
     stats = stats.detach()
     row = dict(zip(STATS, stats.unbind(), strict=True))
     some = row["tokens"] > 0
+    known = some if skipped is None else some & ~skipped
+    known_tokens = row["tokens"] if skipped is None else torch.where(known, row["tokens"], 0)
     means = [row["clipped_low"], row["clipped_high"], row["ratio_sum"], row["approx_kl"], row["kl"], row["entropy"]]
-    power = torch.where(some, row["power"], 0)
+    power = torch.where(known, row["power"], 0)
     policy = row["weight"] * row["policy_loss"]
-    sums = torch.stack([*means, power, row["ess"], row["ess_target"], policy, row["tokens"], some.double()]).sum(1)
-    per_token, per_trajectory, policy_sum, counts = sums.tensor_split((6, 9, 10))
-    tokens, trajectories = counts.clamp(min=1).unbind()
-    values = [per_token / tokens, per_trajectory / trajectories, policy_sum / denominator, counts]
-    ends = torch.stack([row["ratio_max"], row["power"], -row["power"]]).where(some, -torch.inf)
+    counted = [row["tokens"], some.double(), known_tokens, known.double()]
+    sums = torch.stack([*means, power, row["ess"], row["ess_target"], policy, *counted]).sum(1)
+    clips, per_token, per_trajectory, policy_sum, counts = sums.tensor_split((2, 6, 9, 10))
+    tokens, _, measured_tokens, measured = counts.clamp(min=1).unbind()
+    values = [
+        clips / tokens,
+        per_token / measured_tokens,
+        per_trajectory / measured,
+        policy_sum / denominator,
+        counts[:2],
+    ]
+    ends = torch.stack([row["ratio_max"], row["power"], -row["power"]]).where(known, -torch.inf)
     if stats.shape[1]:
-        values.append(ends.amax(1).where(counts[1] > 0, 0))
+        values.append(ends.amax(1).where(counts[3] > 0, 0))
     else:
         values.append(sums.new_zeros(3))
     names = ("clip_fraction_low", "clip_fraction_high", "ratio_mean", "approx_kl", "ref_kl", "entropy", "power_mean",

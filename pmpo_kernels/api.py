@@ -9,9 +9,12 @@ from torch import Tensor
 
 from pmpo_kernels import checks
 from pmpo_kernels.aggregate import metrics
+from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
 from pmpo_kernels.autograd import TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import resolve_impl
+from pmpo_kernels.linear import LinearLossFunction
+from pmpo_kernels.projection import Head
 from pmpo_kernels.reference import STATS, compute_dtype
 
 
@@ -58,7 +61,7 @@ def token_logp(
         raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
     if inplace:
         checks.check_inplace(logits)
-    mask = _as_bool(
+    mask = as_bool(
         checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape)
     )
     impl = resolve_impl(impl, logits.device)
@@ -127,10 +130,10 @@ def pmpo_loss(
             tensors are checked on the CPU always and on a GPU with PMPO_KERNELS_CHECK=1; unchecked ids give NaN.
         RuntimeError: the named `impl` cannot run here, with the reason.
     """
-    config = _check_config(config)
+    config = check_config(config)
     checks.check_logits(logits, token_ids)
     # The loss's own arguments are checked before the first kernel starts.
-    trajectory = _trajectory_inputs(
+    inputs, D = trajectory_inputs(
         "token_ids",
         token_ids,
         old_logp=old_logp,
@@ -146,9 +149,9 @@ def pmpo_loss(
         impl=impl,
     )
     logp, entropy = token_logp(
-        logits, token_ids, mask=mask, temperature=config.temperature, inplace=inplace, impl=trajectory.impl
+        logits, token_ids, mask=mask, temperature=config.temperature, inplace=inplace, impl=inputs.impl
     )
-    return _loss(logp, entropy, trajectory)
+    return _loss(logp, entropy, inputs, D, config)
 
 
 def pmpo_loss_from_logp(
@@ -172,7 +175,7 @@ def pmpo_loss_from_logp(
     `entropy`, shaped like logp and differentiable, is required by config.entropy_coef != 0, otherwise only a metric.
     config.temperature belongs to the logits and must be 1 here. All else as in `pmpo_loss`.
     """
-    config = _check_config(config)
+    config = check_config(config)
     if config.temperature != 1.0:
         raise ValueError(f"config.temperature: expected 1 for a loss from log-probs, got {config.temperature}")
     if not isinstance(logp, Tensor):
@@ -184,7 +187,7 @@ def pmpo_loss_from_logp(
         checks.check_tensor("entropy", entropy, dtypes=checks.FLOATS, device=logp.device, shape=logp.shape)
     elif config.entropy_coef:
         raise ValueError(f"entropy: expected a tensor because config.entropy_coef is {config.entropy_coef}, got None")
-    trajectory = _trajectory_inputs(
+    inputs, D = trajectory_inputs(
         "logp",
         logp,
         old_logp=old_logp,
@@ -199,7 +202,7 @@ def pmpo_loss_from_logp(
         denominator=denominator,
         impl=impl,
     )
-    out = _loss(logp, entropy, trajectory)
+    out = _loss(logp, entropy, inputs, D, config)
     if mask is None:
         return out
     keep = mask != 0
@@ -208,131 +211,122 @@ def pmpo_loss_from_logp(
     )
 
 
-def _check_config(config: LossConfig | None) -> LossConfig:
-    if config is not None and not isinstance(config, LossConfig):
-        raise TypeError(f"config: expected a LossConfig or None, got {type(config).__name__}")
-    return LossConfig.pmpo() if config is None else config
-
-
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dtype == torch.bool else mask != 0
-
-
-def _trajectory_inputs(
-    name: str,
-    tokens: Tensor,
-    *,
+def linear_pmpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    ref_logp: Tensor | None,
-    rollout_weights: Tensor | None,
-    power: Tensor | float | None,
-    target_ess: Tensor | None,
-    config: LossConfig,
-    denominator: Tensor | float | None,
-    impl: str | None,
-) -> TrajectoryInputs:
-    """Check everything but `tokens` (argument `name`, shaped like the tokens) and bring it to the flat form."""
-    device, shape = tokens.device, tokens.shape
-    offsets = checks.check_offsets(name, tokens, cu_seqlens)
-    B = offsets.numel() - 1
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    max_chunk_tokens: int | None = None,
+    skip_zero_advantage: bool = True,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    power: Tensor | float | None = None,
+    target_ess: Tensor | None = None,
+    config: LossConfig | None = None,
+    denominator: Tensor | float | None = None,
+    impl: str | None = None,
+) -> PMPOOutput:
+    """`pmpo_loss` from the hidden states before the LM head: the logits of a whole batch never exist.
 
-    def per_token(name: str, value: object, dtypes: tuple[torch.dtype, ...] = checks.FLOATS) -> Tensor | None:
-        tensor = checks.check_constant(name, value, dtypes=dtypes, device=device, shape=shape)
-        return None if tensor is None else tensor.reshape(-1)
+    With scale s and softcap c, both as in the model's configuration, the logits are
 
-    def per_trajectory(name: str, value: object) -> Tensor | None:
-        return checks.check_constant(name, value, dtypes=checks.FLOATS, device=device, shape=(B,))
+        z = c tanh(s (W h + b) / c),  or  s (W h + b) without a softcap.
 
-    if isinstance(advantages, Tensor) and advantages.dim() == 2:
-        raise ValueError(
-            f"advantages: expected shape ({B},), one number a trajectory, got {tuple(advantages.shape)}; "
-            "if they are constant along each trajectory, pass one column"
-        )
-    A = per_trajectory("advantages", advantages)
-    if A is None:
-        raise TypeError("advantages: expected a tensor, got None")
-    if power is not None and target_ess is not None:
-        raise ValueError("target_ess: expected None when power is given, got both")
-    if target_ess is not None and config.power != "ess":
-        raise ValueError(f'target_ess: expected None unless config.power is "ess", got it with power {config.power}')
-    if config.power == "ess" and power is None and target_ess is None and config.clip != "token":
-        raise ValueError(f'config.power: "ess" needs clip="token" or an explicit target_ess, got clip="{config.clip}"')
-    if config.beta and ref_logp is None:
-        raise ValueError(f"ref_logp: expected a tensor because config.beta is {config.beta}, got None")
-    if isinstance(power, (int, float)):
-        if isinstance(power, bool) or not -float("inf") < power < float("inf"):
-            raise ValueError(f"power: expected a finite number or a tensor of shape ({B},), got {power!r}")
-        power = torch.full((B,), power, dtype=torch.float64, device=device)
-    if isinstance(denominator, Tensor):
-        checks.check_constant(
-            "denominator", denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS), device=device, shape=()
-        )
-        denominator = denominator.double()
-    elif denominator is not None:
-        denominator = torch.full(
-            (), checks.check_number("denominator", denominator), dtype=torch.float64, device=device
-        )
-    checked = {
-        "mask": _as_bool(per_token("mask", mask, checks.MASKS)),
-        "rollout_weights": per_token("rollout_weights", rollout_weights),
-        "power": per_trajectory("power", power),
-        "target_ess": per_trajectory("target_ess", target_ess),
-    }
-    _check_values(**checked, denominator=denominator)
-    return TrajectoryInputs(
-        per_token("old_logp", old_logp),
-        A,
-        checked["mask"],
-        offsets,
-        per_token("ref_logp", ref_logp),
-        checked["rollout_weights"],
-        checked["power"],
-        checked["target_ess"],
-        denominator,
-        config,
-        config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None),
-        resolve_impl(impl, device),
+    Chunks of whole trajectories are projected one after the other, and a chunk's loss and gradients are finished before
+    the next one: one product forward, two backward, all in the forward pass; the backward pass scales them. A trajectory
+    longer than a chunk is projected twice. Masked tokens enter no product, clipped ones not the two backward products.
+    The sizes of the products depend on the data, so unlike `pmpo_loss` the call waits for the GPU, twice and once a chunk.
+
+    Args:
+        hidden: (B, T, H), or (B, T + 1, H) with the last position ignored, or packed (N, H); float64, float32, bfloat16
+            or float16. `hidden[:, t]` predicts `token_ids[:, t]`: the caller shifts.
+        weight: (V, H) as in `torch.nn.Linear`, in the dtype of `hidden`; under autocast the products are in its dtype,
+            as those of `torch.nn.functional.linear`. It may be tied to the embedding. If it, `hidden` or `bias` needs no
+            gradient, that gradient costs nothing.
+        bias: (V,), in the dtype of `weight`.
+        logit_scale: s > 0 (Cohere's logit_scale, 1 / logits_scaling of Granite). Without a softcap it costs nothing.
+        logit_softcap: c > 0 (final_logit_softcapping of Gemma). A chunk's logits then take twice the memory.
+        max_chunk_tokens: most tokens whose logits exist at a time. None: the longest trajectory or 4,096 (1,024 on a CPU),
+            whichever is more, as far as their logits take no more than a quarter of the free memory, rounded down
+            to a power of two. Other chunks give other bits, because products add in another order.
+        skip_zero_advantage: leave trajectories with advantage 0 out of every product where they have no gradient, that is
+            without a KL or entropy term. Then their logp, entropy, power and ess are NaN, and of the metrics ratio_mean,
+            ratio_max, approx_kl, ref_kl, entropy, ess, ess_target and those of p are of the other trajectories. False:
+            they cost one product, and everything is known of all tokens.
+
+    All other arguments, the result, the metrics and the errors are those of `pmpo_loss`.
+    """
+    config = check_config(config)
+    dtype = checks.check_head(hidden, weight, bias, token_ids)
+    if not isinstance(skip_zero_advantage, bool):
+        raise TypeError(f"skip_zero_advantage: expected a bool, got {type(skip_zero_advantage).__name__}")
+    if max_chunk_tokens is not None:
+        checks.check_count("max_chunk_tokens", max_chunk_tokens)
+    if logit_softcap is not None:
+        logit_softcap = checks.check_temperature(logit_softcap, "logit_softcap")
+    logit_scale = checks.check_temperature(logit_scale, "logit_scale")
+    checks.check_temperature(config.temperature / logit_scale, "config.temperature / logit_scale")
+    inputs, D = trajectory_inputs(
+        "token_ids",
+        token_ids,
+        old_logp=old_logp,
+        advantages=advantages,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        ref_logp=ref_logp,
+        rollout_weights=rollout_weights,
+        power=power,
+        target_ess=target_ess,
+        config=config,
+        denominator=denominator,
+        impl=impl,
     )
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    skips = skip_zero_advantage and not config.beta and not config.entropy_coef
+    head = Head(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
+    loss, stats, D, logp, entropy = LinearLossFunction.apply(hidden, weight, bias, token_ids, inputs, D, config, head)
+    logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
+    if not skips:
+        return _output(loss, stats, D, logp, entropy, inputs)
+    skipped = inputs.advantages == 0
+    out = _output(loss, stats, D, logp, entropy, inputs, skipped)
+    return out._replace(power=torch.where(skipped, torch.nan, out.power), ess=torch.where(skipped, torch.nan, out.ess))
 
 
-def _check_values(
-    mask: Tensor | None,
-    rollout_weights: Tensor | None,
-    power: Tensor | None,
-    target_ess: Tensor | None,
-    denominator: Tensor | None,
-) -> None:
-    """The ranges of tensors whose bad values would only show in the loss, or not at all."""
-    if rollout_weights is not None and mask is not None:
-        rollout_weights = torch.where(mask, rollout_weights, 0)
-    checks.check_all(
-        "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
-    )
-    checks.check_all("power", power, Tensor.isfinite, "finite numbers")
-    checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
-    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite(), "a finite number > 0")
-
-
-def _loss(logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> PMPOOutput:
+def _loss(
+    logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs, denominator: Tensor | None, config: LossConfig
+) -> PMPOOutput:
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
-    loss, stats, denominator = TrajectoryFunction.apply(logp.reshape(-1).to(dtype), flat_entropy, inputs)
+    loss, stats, D = TrajectoryFunction.apply(logp.reshape(-1).to(dtype), flat_entropy, inputs, denominator, config)
+    entropy = None if entropy is None else entropy.detach()
+    return _output(loss, stats, D, logp.detach(), entropy, inputs)
+
+
+def _output(
+    loss: Tensor,
+    stats: Tensor,
+    denominator: Tensor,
+    logp: Tensor,
+    entropy: Tensor | None,
+    inputs: TrajectoryInputs,
+    skipped: Tensor | None = None,
+) -> PMPOOutput:
     row = dict(zip(STATS, stats.unbind(), strict=True))
-    return PMPOOutput(
-        loss,
-        metrics(
-            stats,
-            denominator,
-            has_ref_logp=inputs.ref_logp is not None,
-            has_entropy=entropy is not None,
-            dtype=dtype,
-        ),
-        logp.detach(),
-        None if entropy is None else entropy.detach(),
-        row["power"],
-        row["ess"],
-        (row["clipped_low"] + row["clipped_high"]) / row["tokens"].clamp(min=1),
+    found = metrics(
+        stats,
+        denominator,
+        has_ref_logp=inputs.ref_logp is not None,
+        has_entropy=entropy is not None,
+        dtype=loss.dtype,
+        skipped=skipped,
     )
+    clip_fraction = (row["clipped_low"] + row["clipped_high"]) / row["tokens"].clamp(min=1)
+    return PMPOOutput(loss, found, logp, entropy, row["power"], row["ess"], clip_fraction)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.config import LossConfig, TrajectoryOptions
 from pmpo_kernels.ops import stage
+from pmpo_kernels.reference import STATS
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,18 +79,22 @@ class TrajectoryInputs(NamedTuple):
     rollout_weights: Tensor | None
     power: Tensor | None
     target_ess: Tensor | None
-    denominator: Tensor | None
-    config: LossConfig
     options: TrajectoryOptions
     impl: str
 
 
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs) -> (loss, stats, denominator); the loss is differentiable in logp and entropy."""
+    """(logp, entropy, inputs, denominator, config) -> (loss, stats, denominator); the loss is differentiable in logp and
+    entropy."""
 
     @staticmethod
     def forward(
-        ctx: Any, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs
+        ctx: Any,
+        logp: Tensor,
+        entropy: Tensor | None,
+        inputs: TrajectoryInputs,
+        denominator: Tensor | None,
+        config: LossConfig,
     ) -> tuple[Tensor, Tensor, Tensor]:
         i = inputs
         dlogp, dentropy, stats = stage("trajectory", i.impl)(
@@ -105,12 +110,13 @@ class TrajectoryFunction(torch.autograd.Function):
             i.target_ess,
             list(i.options),
         )
-        denominator = default_denominator(stats, i.config) if i.denominator is None else i.denominator.clone()
+        tokens = stats[STATS.index("tokens")]
+        denominator = default_denominator(tokens, config) if denominator is None else denominator.clone()
         ctx.save_for_backward(dlogp, dentropy, denominator)
         ctx.mark_non_differentiable(stats, denominator)
         ctx.set_materialize_grads(False)
         ctx.dtype = logp.dtype
-        loss = total_loss(stats, i.config, denominator).to(logp.dtype)
+        loss = total_loss(stats, config, denominator).to(logp.dtype)
         # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
         if dlogp.numel():
             largest = (torch.linalg.vector_norm(dlogp, torch.inf) / denominator).to(logp.dtype)
@@ -119,9 +125,10 @@ class TrajectoryFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return None, None, None
+            return (None,) * 5
         dlogp, dentropy, denominator = ctx.saved_tensors
         scale = grad_loss.double() / denominator
-        return (dlogp * scale).to(ctx.dtype), (dentropy * scale).to(ctx.dtype) if dentropy.numel() else None, None
+        dentropy = (dentropy * scale).to(ctx.dtype) if dentropy.numel() else None
+        return (dlogp * scale).to(ctx.dtype), dentropy, None, None, None

@@ -66,6 +66,32 @@ def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
     return logits, token_ids
 
 
+def check_head(hidden: object, weight: object, bias: object, token_ids: object) -> torch.dtype:
+    """Shapes (B, T, H) or (B, T + 1, H) with (B, T), or (N, H) with (N,), weight (V, H), bias (V,). The dtype of the products:
+    that of all three, or autocast's where it is on and none is float64."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("token_ids", token_ids)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    assert isinstance(hidden, Tensor)
+    assert isinstance(weight, Tensor)
+    assert isinstance(token_ids, Tensor)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden: expected shape (B, T, H), (B, T + 1, H) or (N, H), got {tuple(hidden.shape)}")
+    shape, device = list(hidden.shape[:-1]), hidden.device
+    if token_ids.dim() == 2 and hidden.dim() == 3 and token_ids.shape[1] + 1 == hidden.shape[1]:
+        shape[1] -= 1
+    check_tensor("hidden", hidden, dtypes=FLOATS, device=device, shape=hidden.shape)
+    check_tensor("token_ids", token_ids, dtypes=INTEGERS, device=device, shape=shape)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), V at least 1, got {tuple(weight.shape)}")
+    autocast = torch.is_autocast_enabled(device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
+    dtypes = tuple(set(FLOATS) - {torch.float64}) if autocast else (hidden.dtype,)
+    check_tensor("weight", weight, dtypes=dtypes, device=device, shape=weight.shape)
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=dtypes, device=device, shape=weight.shape[:1])
+    return torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+
+
 def check_inplace(logits: Tensor) -> None:
     """`inplace=True` needs rows that do not overlap in memory (nor within themselves)."""
     dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
@@ -84,11 +110,17 @@ def check_number(name: str, value: object) -> float:
     return float(value)
 
 
-def check_temperature(value: object) -> float:
-    """`value` as a float, if it is a temperature that float32 can divide by."""
-    temperature = check_number("temperature", value)
+def check_count(name: str, value: object) -> None:
+    """`value` is an int > 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an int > 0, got {value!r}")
+
+
+def check_temperature(value: object, name: str = "temperature") -> float:
+    """`value` as a float, if it is a temperature, or another factor, that float32 can divide by."""
+    temperature = check_number(name, value)
     if not representable(temperature):
-        raise ValueError(f"temperature: expected {TEMPERATURE_RANGE}, got {value!r}")
+        raise ValueError(f"{name}: expected {TEMPERATURE_RANGE}, got {value!r}")
     return temperature
 
 

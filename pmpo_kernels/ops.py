@@ -119,4 +119,4 @@ def _register() -> torch.library.Library:
     return library
 
 
-_LIBRARY = _register()
+LIBRARY = _register()

@@ -83,7 +83,7 @@ def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracl
         None,
         config.trajectory_options(has_power=power is not None, has_target_ess=False),
     )
-    denominator = default_denominator(stats.detach(), config)
+    denominator = default_denominator(stats.detach()[STATS.index("tokens")], config)
     loss = total_loss(stats, config, denominator)
     (grad,) = torch.autograd.grad(loss, z)
     row = dict(zip(STATS, stats.detach().abs(), strict=True))

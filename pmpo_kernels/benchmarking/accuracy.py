@@ -62,7 +62,7 @@ def exact(inputs: Inputs, config: LossConfig) -> Exact:
     dlogp, _, stats = flat_trajectory(
         logp.view(inputs.mask.shape), inputs.old_logp, inputs.advantages, inputs.mask, config
     )
-    denominator = default_denominator(stats, config)
+    denominator = default_denominator(stats[STATS.index("tokens")], config)
     row = dict(zip(STATS, stats, strict=True))
     return Exact(
         row_max,

@@ -59,17 +59,6 @@ def devices() -> dict[str, str]:
     return found
 
 
-def available_memory(device: str) -> int | None:
-    """Free bytes of the GPU, or of main memory without swapping; None where the system does not tell."""
-    if device != "cpu":
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def commit() -> str | None:
     """Last commit that touched the package, with "-dirty" if the files differ from it; None outside a repository."""
 

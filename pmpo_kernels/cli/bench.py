@@ -83,7 +83,7 @@ def check_files(paths: list[Path], overwrite: bool) -> None:
 
 
 def check_memory(cases: list[Case], options: str) -> None:
-    from pmpo_kernels.benchmarking.machine import available_memory
+    from pmpo_kernels.memory import available_memory
 
     largest = max(cases, key=lambda case: case.needed_bytes)
     available = available_memory(largest.device)

@@ -1,0 +1,119 @@
+"""The arguments that every call of the loss has in common: checked, and brought to one flat form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels import checks
+from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.impls import resolve_impl
+
+
+def check_config(config: LossConfig | None) -> LossConfig:
+    if config is not None and not isinstance(config, LossConfig):
+        raise TypeError(f"config: expected a LossConfig or None, got {type(config).__name__}")
+    return LossConfig.pmpo() if config is None else config
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+
+
+def trajectory_inputs(
+    name: str,
+    tokens: Tensor,
+    *,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logp: Tensor | None,
+    rollout_weights: Tensor | None,
+    power: Tensor | float | None,
+    target_ess: Tensor | None,
+    config: LossConfig,
+    denominator: Tensor | float | None,
+    impl: str | None,
+) -> tuple[TrajectoryInputs, Tensor | None]:
+    """Check everything but `tokens` (argument `name`, shaped like the tokens) and bring it to the flat form, with the
+    denominator, 0-d float64."""
+    device, shape = tokens.device, tokens.shape
+    offsets = checks.check_offsets(name, tokens, cu_seqlens)
+    B = offsets.numel() - 1
+
+    def per_token(name: str, value: object, dtypes: tuple[torch.dtype, ...] = checks.FLOATS) -> Tensor | None:
+        tensor = checks.check_constant(name, value, dtypes=dtypes, device=device, shape=shape)
+        return None if tensor is None else tensor.reshape(-1)
+
+    def per_trajectory(name: str, value: object) -> Tensor | None:
+        return checks.check_constant(name, value, dtypes=checks.FLOATS, device=device, shape=(B,))
+
+    if isinstance(advantages, Tensor) and advantages.dim() == 2:
+        raise ValueError(
+            f"advantages: expected shape ({B},), one number a trajectory, got {tuple(advantages.shape)}; "
+            "if they are constant along each trajectory, pass one column"
+        )
+    A = per_trajectory("advantages", advantages)
+    if A is None:
+        raise TypeError("advantages: expected a tensor, got None")
+    if power is not None and target_ess is not None:
+        raise ValueError("target_ess: expected None when power is given, got both")
+    if target_ess is not None and config.power != "ess":
+        raise ValueError(f'target_ess: expected None unless config.power is "ess", got it with power {config.power}')
+    if config.power == "ess" and power is None and target_ess is None and config.clip != "token":
+        raise ValueError(f'config.power: "ess" needs clip="token" or an explicit target_ess, got clip="{config.clip}"')
+    if config.beta and ref_logp is None:
+        raise ValueError(f"ref_logp: expected a tensor because config.beta is {config.beta}, got None")
+    if isinstance(power, (int, float)):
+        if isinstance(power, bool) or not -float("inf") < power < float("inf"):
+            raise ValueError(f"power: expected a finite number or a tensor of shape ({B},), got {power!r}")
+        power = torch.full((B,), power, dtype=torch.float64, device=device)
+    if isinstance(denominator, Tensor):
+        checks.check_constant(
+            "denominator", denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS), device=device, shape=()
+        )
+        denominator = denominator.double()
+    elif denominator is not None:
+        denominator = torch.full(
+            (), checks.check_number("denominator", denominator), dtype=torch.float64, device=device
+        )
+    checked = {
+        "mask": as_bool(per_token("mask", mask, checks.MASKS)),
+        "rollout_weights": per_token("rollout_weights", rollout_weights),
+        "power": per_trajectory("power", power),
+        "target_ess": per_trajectory("target_ess", target_ess),
+    }
+    _check_values(**checked, denominator=denominator)
+    inputs = TrajectoryInputs(
+        per_token("old_logp", old_logp),
+        A,
+        checked["mask"],
+        offsets,
+        per_token("ref_logp", ref_logp),
+        checked["rollout_weights"],
+        checked["power"],
+        checked["target_ess"],
+        config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None),
+        resolve_impl(impl, device),
+    )
+    return inputs, denominator
+
+
+def _check_values(
+    mask: Tensor | None,
+    rollout_weights: Tensor | None,
+    power: Tensor | None,
+    target_ess: Tensor | None,
+    denominator: Tensor | None,
+) -> None:
+    """The ranges of tensors whose bad values would only show in the loss, or not at all."""
+    if rollout_weights is not None and mask is not None:
+        rollout_weights = torch.where(mask, rollout_weights, 0)
+    checks.check_all(
+        "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
+    )
+    checks.check_all("power", power, Tensor.isfinite, "finite numbers")
+    checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
+    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite(), "a finite number > 0")

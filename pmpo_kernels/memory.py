@@ -1,0 +1,21 @@
+"""Free memory of a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def available_memory(device: str | torch.device) -> int | None:
+    """Free bytes of the GPU, or of main memory without swapping; None where the system does not tell."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,129 @@
+"""The LM head on chosen tokens: their logits in one buffer that every chunk uses again, and the way back from its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels.reference import compute_dtype
+
+ROW_MULTIPLE = 64  # elements: the buffer's rows begin at multiples of 128 bytes, whatever V is
+BLOCK_BYTES = 2**26  # of temporaries that are made block by block
+
+
+class Head(NamedTuple):
+    """How hidden states become logits: c tanh(s (W h + b) / c) with scale s and softcap c, or s (W h + b) without one."""
+
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
+    dtype: torch.dtype  # of the products
+    gradients: list[bool]  # which are wanted, of hidden, weight, bias
+    max_chunk_tokens: int | None
+    skip_zero_advantage: bool
+
+
+def row_bytes(vocabulary: int, head: Head) -> int:
+    """Bytes of a token in the buffers: the product, and with a softcap the logits beside it."""
+    stride = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+    return stride * head.dtype.itemsize * (1 if head.logit_softcap is None else 2)
+
+
+def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> list[Tensor]:
+    """Zeros for the gradients of hidden, weight and bias; empty where none is wanted. Those of weight and bias are at least
+    float32, in which chunks are added up; that of float16 hidden states too, because it is scaled last."""
+    summed = compute_dtype(head.dtype)
+    kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    found = []
+    for x, dtype, wanted in zip((hidden, weight, bias), (kept, summed, summed), head.gradients, strict=True):
+        shape = x.shape if wanted and x is not None else (0,)
+        found.append(torch.zeros(shape, dtype=dtype, device=hidden.device))
+    return found
+
+
+class Projection:
+    """Logits of at most `size` tokens at a time. hidden (B, S, H), S >= T, with tokens (B, T), or (N, H); weight (V, H).
+
+    `temperature` is that of `z`, what the buffer holds: a scale without a softcap is part of it and costs nothing.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens_a_row: int, size: int
+    ) -> None:
+        self.hidden, self.head, self.T = hidden, head, max(tokens_a_row, 1)
+        self.weight = weight.to(head.dtype)
+        self.bias = None if bias is None else bias.to(head.dtype)
+        V, cap = weight.shape[0], head.logit_softcap
+        self.product = self._buffer(size, V)
+        self.z = self.product if cap is None else self._buffer(size, V)
+        self.temperature = head.temperature / head.logit_scale if cap is None else head.temperature
+        self.slope = head.logit_scale if cap is None else head.logit_scale / cap  # inside the tanh
+        self.dhidden, self.dweight, self.dbias = self.gradients = sums(hidden, weight, bias, head)
+
+    def _buffer(self, size: int, V: int) -> Tensor:
+        stride = -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
+        return self.hidden.new_empty(size, stride, dtype=self.head.dtype)[:, :V]
+
+    def _at(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows,) if self.hidden.dim() == 2 else (rows // self.T, rows % self.T)
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden states (M, H) in the products' dtype, logits z (M, V) in the buffer) of the tokens at flat positions `rows`."""
+        h = self.hidden[self._at(rows)].to(self.head.dtype)
+        product, z = self.product[: len(rows)], self.z[: len(rows)]
+        if self.bias is None:
+            torch.mm(h, self.weight.t(), out=product)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=product)
+        if z is not product and self.head.logit_softcap is not None:
+            for block in self._blocks(len(rows)):
+                z[block] = self._tanh(product[block]).mul_(self.head.logit_softcap)
+        return h, z
+
+    def _tanh(self, product: Tensor) -> Tensor:
+        return product.to(compute_dtype(self.head.dtype), copy=True).mul_(self.slope).tanh_()
+
+    def _blocks(self, rows: int) -> list[slice]:
+        size = max(1, BLOCK_BYTES // (self.z.stride(0) * compute_dtype(self.head.dtype).itemsize))
+        return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """Copy rows `source` of the buffers to rows `target`, none of which is among them."""
+        for buffer in (self.product, self.z) if self.z is not self.product else (self.z,):
+            for block in self._blocks(len(source)):
+                buffer[target[block]] = buffer[source[block]]
+
+    def back(self, rows: Tensor, h: Tensor, scale: Tensor | None) -> None:
+        """Add the products of the gradient that stands in the first rows of `z`, of tokens `rows` with hidden states `h`.
+
+        `scale` is what that gradient was multiplied by, None for 1.
+        """
+        g = self.z[: len(rows)]
+        if self.z is not self.product:
+            for block in self._blocks(len(rows)):  # of c tanh(s x / c): s (1 - tanh^2)
+                tanh = self._tanh(self.product[block])
+                g[block] = tanh.square_().neg_().add_(1).mul_(self.head.logit_scale).mul_(g[block])
+        if self.head.gradients[0]:
+            dh = torch.mm(g, self.weight).to(self.dhidden.dtype)
+            self.dhidden[self._at(rows)] = dh if scale is None else dh / scale
+        if self.head.gradients[2]:
+            db = g.sum(0, dtype=self.dbias.dtype)
+            self.dbias += db if scale is None else db / scale
+        if self.head.gradients[1]:
+            self._add_weight(self.dweight, g.t(), h, scale)
+
+    @staticmethod
+    def _add_weight(total: Tensor, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
+        """total (V, H) += g h / scale. 16-bit products are summed up in float32: by the product itself on a CUDA device, else
+        each is rounded once, in blocks of the vocabulary."""
+        if total.dtype == g.dtype:
+            total.addmm_(g, h)
+        elif scale is None and total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+            torch.ops.aten.addmm.dtype_out(total, g, h, total.dtype, out=total)
+        else:
+            size = max(1, BLOCK_BYTES // (h.shape[1] * total.element_size()))
+            for start in range(0, len(total), size):
+                block = torch.mm(g[start : start + size], h)
+                total[start : start + size] += block if scale is None else block.to(total.dtype) / scale
