@@ -84,8 +84,9 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
     check_tensor("token_ids", token_ids, dtypes=INTEGERS, device=device, shape=shape)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), V at least 1, got {tuple(weight.shape)}")
-    autocast = torch.is_autocast_enabled(device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
-    dtypes = tuple(set(FLOATS) - {torch.float64}) if autocast else (hidden.dtype,)
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    autocast = autocast and torch.float64 not in (hidden.dtype, weight.dtype)
+    dtypes = FLOATS[:-1] if autocast else (hidden.dtype,)
     check_tensor("weight", weight, dtypes=dtypes, device=device, shape=weight.shape)
     if bias is not None:
         check_tensor("bias", bias, dtypes=dtypes, device=device, shape=weight.shape[:1])

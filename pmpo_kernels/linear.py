@@ -224,7 +224,7 @@ def linear_loss(
     (*constants, options, impl), denominator, head = rest[: SIZES[0]], rest[SIZES[0]], Head(*rest[-SIZES[1] :])
     inputs = TrajectoryInputs._make([*constants, TrajectoryOptions(*options), impl])
     ids, V = token_ids.reshape(-1), weight.shape[0]
-    check_token_ids(ids, inputs.mask, V)
+    check_token_ids(token_ids, None if inputs.mask is None else inputs.mask.view(token_ids.shape), V)
     with torch.autocast(hidden.device.type, enabled=False):  # its casts are those to `head.dtype`
         work = find_work(ids, inputs, head.skip_zero_advantage)
         limit = head.max_chunk_tokens

@@ -11,12 +11,12 @@ from pmpo_kernels.verification import Case, make_case
 FEW = ["dapo", "pmpo, severity in between", "pmpo, all terms", "sequence clip, dual, k2"]
 
 
-def run(case: Case, config: LossConfig, impl: str, **kwargs: object) -> tuple[PMPOOutput, Tensor]:
-    """Output and logits gradient of one call with every optional argument in use."""
+def run(case: Case, config: LossConfig, impl: str, scale: float = 1.0, **kwargs: object) -> tuple[PMPOOutput, Tensor]:
+    """Output and logits gradient of one call with every optional argument in use, for a loss `scale` times as large."""
     z = case.logits.detach().clone().requires_grad_()
     options = {"mask": case.mask, "ref_logp": case.ref_logp, "rollout_weights": case.rollout_weights} | kwargs
     out = pmpo_loss(z, case.token_ids, case.old_logp, case.advantages, config=config, impl=impl, **options)
-    out.loss.backward()
+    (scale * out.loss).backward()
     return out, z.grad
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmpo_kernels
-from pmpo_kernels import LossConfig, available_impls, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels import LossConfig, available_impls, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.impls import resolve_impl
 
 B, T, V = 2, 3, 5
@@ -102,6 +102,53 @@ def test_good_loss_call(impl: str) -> None:
     with Finished() as finished:
         pmpo_loss(**GOOD, impl=impl)
     assert finished.names == [f"pmpo_kernels.token_logp.{impl}", f"pmpo_kernels.trajectory.{impl}"]
+
+
+HEAD = {"hidden": torch.zeros(B, T, 4), "weight": torch.zeros(V, 4)}
+BAD_HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"hidden": [1.0]}, TypeError, "hidden: expected a tensor, got list"),
+    ({"hidden": torch.zeros(4)}, ValueError, r"hidden: expected shape \(B, T, H\), .* got \(4,\)"),
+    ({"hidden": torch.zeros(B, T, 4, dtype=torch.long)}, TypeError, "hidden: expected dtype float16, .* got int64"),
+    ({"hidden": torch.zeros(B, T + 2, 4)}, ValueError, r"token_ids: expected shape \(2, 5\), got \(2, 3\)"),
+    ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+    ({"weight": torch.zeros(V, 3)}, ValueError, r"weight: expected shape \(V, 4\), V at least 1, got \(5, 3\)"),
+    ({"weight": torch.zeros(0, 4)}, ValueError, r"weight: expected shape \(V, 4\), V at least 1, got \(0, 4\)"),
+    ({"weight": torch.zeros(V, 4, dtype=torch.bfloat16)}, TypeError, "weight: expected dtype float32, got bfloat16"),
+    ({"weight": torch.zeros(V, 4, device="meta")}, ValueError, "weight: expected a tensor on cpu, got one on meta"),
+    ({"bias": torch.zeros(V + 1)}, ValueError, r"bias: expected shape \(5,\), got \(6,\)"),
+    ({"bias": 0.0}, TypeError, "bias: expected a tensor, got float"),
+    ({"bias": torch.zeros(V, dtype=torch.float64)}, TypeError, "bias: expected dtype float32, got float64"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale: expected a finite number > 0, got 0.0"),
+    ({"logit_scale": -1.0}, ValueError, "logit_scale: expected a finite number > 0, got -1.0"),
+    ({"logit_softcap": float("inf")}, ValueError, "logit_softcap: expected a finite number > 0, got inf"),
+    ({"logit_softcap": 1e-39}, ValueError, "logit_softcap: expected a number from 1e-30 to 1e30, got 1e-39"),
+    ({"logit_scale": 1e-20, "config": LossConfig.grpo(temperature=1e20)}, ValueError, "config.temperature / logit_scale: expected a number from 1e-30 to 1e30, got 1e"),
+    ({"max_chunk_tokens": 0}, ValueError, "max_chunk_tokens: expected an int > 0, got 0"),
+    ({"max_chunk_tokens": 8.0}, ValueError, "max_chunk_tokens: expected an int > 0, got 8.0"),
+    ({"skip_zero_advantage": None}, TypeError, "skip_zero_advantage: expected a bool, got NoneType"),
+    ({"inplace": True}, TypeError, "unexpected keyword argument 'inplace'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [*BAD_HEAD, *(bad for bad in BAD_LOSS if "logits" not in bad[0])],
+)
+def test_bad_call_from_hidden(change: dict[str, Any], error: type[Exception], message: str, impl: str) -> None:
+    """Its own arguments, and the same messages as `pmpo_loss` for those that both have."""
+    rest = {name: value for name, value in GOOD.items() if name != "logits"}
+    with Finished() as finished, pytest.raises(error, match=message):
+        linear_pmpo_loss(**(HEAD | rest | {"impl": impl} | change))
+    assert not finished.names, "a kernel ran before the error"
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD_LOSS if "cu_seqlens" in bad[0] and "logits" in bad[0]])
+def test_bad_packed_call_from_hidden(bad: tuple[dict[str, Any], type[Exception], str]) -> None:
+    change, error, message = bad
+    rest = {name: value for name, value in (GOOD | change).items() if name != "logits"}
+    with pytest.raises(error, match=message):
+        linear_pmpo_loss(torch.zeros(4, 4), HEAD["weight"], **rest)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of
+from head import head_case
 
-from pmpo_kernels import LossConfig, pmpo_loss, reference
+from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, reference
+from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS, stage
+from pmpo_kernels.projection import Head
 from pmpo_kernels.verification import make_case
 
 
@@ -34,6 +37,44 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(name: str, impl: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(stage(name, impl), arguments(name, device_of(impl), dtype))
+
+
+@pytest.mark.parametrize("max_chunk_tokens", [None, 2])
+@pytest.mark.parametrize("trained", [(True, True, True), (False, True, False)])
+def test_opcheck_linear_loss(trained: tuple[bool, ...], max_chunk_tokens: int | None) -> None:
+    head = head_case(torch.bfloat16)
+    c, tokens = head.case, head.case.mask.numel()
+    flat = [t.flatten() for t in (c.old_logp, c.mask, c.ref_logp, c.rollout_weights)]
+    options = LossConfig.pmpo(entropy_coef=0.1, beta=0.1).trajectory_options(has_power=False, has_target_ess=False)
+    offsets = torch.arange(0, tokens + 1, tokens // len(c.advantages))
+    inputs = TrajectoryInputs(flat[0], c.advantages, flat[1], offsets, *flat[2:], None, None, options, "cpp")
+    *constants, _, impl = inputs
+    arguments = (*head[:3], c.token_ids, *constants, list(options), impl, torch.tensor(6.0).double())
+    settings = Head(0.9, 3.0, 0.8, torch.bfloat16, list(trained), max_chunk_tokens, False)
+    torch.library.opcheck(torch.ops.pmpo_kernels.linear_loss.default, (*arguments, *settings))
+
+
+def test_compile_fullgraph_from_hidden() -> None:
+    """One graph although the sizes of the products depend on the data, and no recompilation for a new length."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def step(h: torch.Tensor, w: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        ids, old_logp, advantages, mask = args
+        return linear_pmpo_loss(torch.tanh(h), w, ids, old_logp, advantages, mask=mask, max_chunk_tokens=8).loss
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for T in (5, 6, 9):
+        case = make_case(torch.float32, B=4, T=T, V=16)
+        results = []
+        for function in (step, compiled):
+            random = torch.Generator().manual_seed(T)
+            leaves = [torch.randn(s, generator=random).requires_grad_() for s in ((4, T, 3), (16, 3))]
+            function(*leaves, case.token_ids, case.old_logp, case.advantages, case.mask).backward()
+            results.append([x.grad for x in leaves])
+        # the same operator; tanh and its gradient are compiled: a few roundings
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*results, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_every_operator_has_an_implementation() -> None:

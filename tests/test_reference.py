@@ -166,7 +166,7 @@ def test_gradcheck(name: str, features: str) -> None:
         dlogp, dentropy, stats = reference.trajectory(
             logp.flatten(), old, A, mask.flatten(), offsets, ref, weights, entropy.flatten(), power, None, options
         )
-        denominator = default_denominator(stats.detach(), config)
+        denominator = default_denominator(stats.detach()[reference.STATS.index("tokens")], config)
         return (
             total_loss(stats, config, denominator),
             dlogp / denominator,
