@@ -53,14 +53,14 @@ def count_tokens(inputs: TrajectoryInputs) -> Tensor:
 def find_work(token_ids: Tensor, inputs: TrajectoryInputs, skip_zero_advantage: bool) -> Work:
     """Of token_ids (N,). Waits for a GPU: the sizes of the products depend on the data."""
     offsets, N = inputs.cu_seqlens.long(), token_ids.numel()
-    check_cu_seqlens(offsets.cpu(), N)
     tokens = count_tokens(inputs)
+    skipped = (inputs.advantages == 0) & skip_zero_advantage
+    values = torch.cat([offsets, tokens, skipped.long()]).cpu()
+    check_cu_seqlens(values[: len(offsets)], N)
+    counts, left_out = values[len(offsets) :].view(2, -1).tolist()
     valid = torch.ones_like(token_ids, dtype=torch.bool) if inputs.mask is None else inputs.mask
-    skipped = torch.zeros_like(inputs.advantages, dtype=torch.bool)
-    if skip_zero_advantage:
-        skipped = inputs.advantages == 0
+    if any(left_out):
         valid = valid & ~skipped.repeat_interleave(offsets.diff(), output_size=N)
-    counts, left_out = torch.stack([tokens, skipped.long()]).tolist()
     trajectories = [i for i, out in enumerate(left_out) if not out]
     return Work(valid.nonzero()[:, 0], trajectories, [counts[i] for i in trajectories], tokens, skipped)
 
@@ -123,7 +123,8 @@ class LinearLoss:
         whole = len(rows) <= limit
         pieces = rows.split(limit) if len(rows) else ()
         for piece in pieces:
-            h, sums = self.token_logp(piece)
+            h, ids, (logp, *sums) = self.token_logp(piece)
+            self.logp[piece], self.entropy[piece] = logp, sums[-1]
         dlogp, dentropy = self.trajectory(rows, trajectories, lengths)
         if not any(self.projection.head.gradients):
             return
@@ -131,21 +132,18 @@ class LinearLoss:
         if not bool(keep.any()):
             return
         if whole:
-            self.gradient(rows, h, sums, dlogp, dentropy, keep)
+            self.gradient(rows, h, [ids, *sums], dlogp, dentropy, keep)
             return
         for piece in keep.nonzero()[:, 0].to(rows.device).split(limit):
-            h, sums = self.token_logp(rows[piece])
-            self.gradient(rows[piece], h, sums, dlogp[piece], dentropy[piece], None)
+            h, ids, (_, *sums) = self.token_logp(rows[piece])
+            self.gradient(rows[piece], h, [ids, *sums], dlogp[piece], dentropy[piece], None)
 
-    def token_logp(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states (M, H) of tokens and what `dlogits` needs of their logits, which stay in the projection."""
+    def token_logp(self, rows: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Hidden states (M, H) and ids of tokens, and the results of the stage (M,); the logits stay in the projection."""
         h, z = self.projection.project(rows)
         ids = self.token_ids[rows]
-        logp, row_max, row_sum, entropy = (
-            x[0] for x in stage("token_logp", self.impl)(z[None], ids[None], None, self.projection.temperature)
-        )
-        self.logp[rows], self.entropy[rows] = logp, entropy
-        return h, [ids, row_max, row_sum, entropy]
+        found = stage("token_logp", self.impl)(z[None], ids[None], None, self.projection.temperature)
+        return h, ids, [x[0] for x in found]
 
     def trajectory(self, rows: Tensor, trajectories: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Coefficients of the tokens' logp and entropy (M,) over D, of whole trajectories."""
@@ -194,14 +192,6 @@ class LinearLoss:
         device = self.token_ids.device
         self.projection.move(holes.to(device), beyond.to(device))
         return order
-
-
-class LinearOptions(NamedTuple):
-    """What `LinearLossFunction` needs beside tensors."""
-
-    head: Head
-    max_chunk_tokens: int | None
-    skip_zero_advantage: bool
 
 
 SCHEMA = (
