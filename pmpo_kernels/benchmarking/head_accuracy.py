@@ -53,7 +53,8 @@ def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
     assert config.temperature == 1
     i = inputs
     dlogp, _, stats = flat_trajectory(i.pad(i.logp), i.pad(i.old_logp.double()), i.advantages, i.mask, config)
-    denominator = default_denominator(stats, config)
+    row = dict(zip(STATS, stats, strict=True))
+    denominator = default_denominator(row["tokens"], config)
     g = dlogp.view(i.mask.shape)[i.mask] / denominator
     acting = g.nonzero()[:, 0]
     h, ids, g = i.hidden[acting], i.token_ids[acting], g[acting]
@@ -71,7 +72,6 @@ def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
         size = grad.abs_().scatter_(1, target, coefficient.abs())
         hidden_scale[acting[rows]] = size @ row_norm
         weight_scale += size.t() @ token_norm[rows]
-    row = dict(zip(STATS, stats, strict=True))
     return HeadExact(
         hidden,
         weight,
