@@ -162,7 +162,9 @@ def compare(
             for name in names:
                 advance(f"timing {name}")
                 bench, f = functions[name]
-                times[name] += [bench.time(f)] if i >= warmups else [bench.time(f)][:0]
+                found = bench.time(f)
+                if i >= warmups:
+                    times[name].append(found)
     summarise(rows, setting, times)
     with tempfile.TemporaryDirectory() if memory else nullcontext() as folder:
         path = Path(folder or ".") / "inputs.pt"

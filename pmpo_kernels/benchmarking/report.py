@@ -113,8 +113,9 @@ def accuracy_table(
 
 
 def ms(spread: Spread) -> str:
-    """Median and quartiles, three digits."""
-    return f"{spread.median:.3g} ({spread.q1:.3g}-{spread.q3:.3g})"
+    """Median and quartiles, three digits; more in front of the point."""
+    median, q1, q3 = (f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in (spread.median, spread.q1, spread.q3))
+    return f"{median} ({q1}-{q3})"
 
 
 def _error(value: float | None, bound: float | None) -> Text:
