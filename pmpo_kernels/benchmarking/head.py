@@ -72,8 +72,9 @@ def build_head_inputs(case: HeadCase) -> HeadInputs:
         token_ids[rows] = torch.multinomial(log_q.exp(), 1, generator=generator)[:, 0]
         logp[rows] = log_q.gather(-1, token_ids[rows, None])[:, 0]
     margin = MARGIN + logp_error(hidden, weight, largest)
-    if 2 * margin > min(case.config.clip_low, case.config.clip_high):
-        raise ValueError(f"dtype: expected logits rounded by less than half of the clip bounds, got {margin:.2g}")
+    bound = min(case.config.clip_low, case.config.clip_high)
+    if margin > 0.9 * bound:
+        raise ValueError(f"dtype: expected logits rounded by less than the clip bound {bound:.2g}, got {margin:.2g}")
     d = log_ratios(case, mask, advantages, random, margin)[mask]
     old_logp = (logp - d).float()
     inputs = HeadInputs(hidden, weight, token_ids, old_logp, advantages, mask, None, logp)
