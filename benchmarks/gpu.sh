@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: tests, verify, run, sweep, compute-sanitizer. Continues after a failure; exits 1 if one failed.
+# Everything that needs a GPU: tests, verify, run, head, sweep, compute-sanitizer. Continues after a failure; exits 1 if one failed.
 # Under nine minutes: each step has a limit of its own, and is interrupted there so that it still reports.
-# Usage: benchmarks/gpu.sh [options for run and sweep, such as --overwrite]
+# Usage: benchmarks/gpu.sh [options for run, head and sweep, such as --overwrite]
 #   PYTHON   interpreter with pmpo_kernels[triton,test] installed, or with PYTHONPATH set to this folder's parent (default:
 #            python, else python3); the C++ extension, Liger and TRL are optional
 #   RESULTS  folder for logs and JSON (default: benchmarks/results/<GPU name>)
@@ -38,12 +38,13 @@ step() {
 "$PYTHON" -m pmpo_kernels info --json >"$RESULTS/info.json" || failed+=(info)
 # what needs a GPU, then every other test that runs Triton's kernels; the rest needs no GPU
 own=(tests/test_gpu.py tests/test_triton.py)
-step tests-gpu 80 "$PYTHON" -m pytest -q --durations 10 "${own[@]}"
-step tests-kernels 80 "$PYTHON" -m pytest -q --durations 10 tests --ignore tests/test_aot.py \
+step tests-gpu 70 "$PYTHON" -m pytest -q --durations 10 "${own[@]}"
+step tests-kernels 70 "$PYTHON" -m pytest -q --durations 10 tests --ignore tests/test_aot.py \
   --ignore "${own[0]}" --ignore "${own[1]}" -k "triton or gpu"
 step verify 30 "$PYTHON" -m pmpo_kernels verify
-step run 210 "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
-step sweep 50 "$PYTHON" benchmarks/sweep.py --out "$RESULTS" "$@"
+step run 150 "$PYTHON" benchmarks/run.py --out "$RESULTS" "$@"
+step head 120 "$PYTHON" benchmarks/head.py --out "$RESULTS" --no-compile "$@"
+step sweep 40 "$PYTHON" benchmarks/sweep.py --out "$RESULTS" "$@"
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS, WIDTH = 8192, {"bf16": 2, "fp32": 4}
 START, END = "<!-- results:start -->", "<!-- results:end -->"
+HEAD_START, HEAD_END = "<!-- head:start -->", "<!-- head:end -->"
 Content = dict[str, Any]
 
 
@@ -123,6 +124,45 @@ def readme() -> str:
         mine = {path: content for path, content in files.items() if path.parent == folder}
         parts.append("\n".join(comparison(mine)))
     return "\n\n".join([START, *parts, END])
+
+
+def heads(files: dict[Path, Content]) -> list[str]:
+    """One table for the cases of `head.py` on one machine: a line a case and row."""
+    first = next(iter(files.values()))
+    header = ["loss, hidden states, head", "row", "forward + backward ms", "over the products", "against eager"]
+    header += ["of the full case", "memory beyond inputs", "gradient error"]
+    rows = []
+    for path, content in files.items():
+        case, tokens = content["case"], content["tokens"]
+        about = f"{case['preset']}, {tokens['response']:,} tokens"
+        about += f", {case['clipped']:.0%} clipped" * (case["clipped"] > 0)
+        about += f", {case['zero_advantage']:.0%} of the trajectories at A = 0" * (case["zero_advantage"] > 0)
+        about += f", H = {case['hidden']:,}, V = {case['vocab']:,}, {case['dtype']}"
+        times = {row["name"]: next(iter(row["timings"].values())) for row in content["results"] if not row["problem"]}
+        products = times[content["products"]]["both"]["median"] if content["products"] else None
+        full = {ratio["name"]: ratio["value"] for ratio in content["ratios"]}.get("time over the full case")
+        for i, row in enumerate(content["results"]):
+            cells = [f"[{about}]({path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
+            if row["problem"]:
+                rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
+                continue
+            timing = times[row["name"]]
+            both, speedup = timing["both"]["median"], timing["speedup"]
+            parts = " + ".join(ms(timing[part]["median"]) for part in ("forward", "backward"))
+            cells += [f"{parts} = {ms(both)}", "-" if products is None else f"{both / products:.2f}x"]
+            cells += ["-" if speedup is None else f"{speedup:.2f}x"]
+            cells += [f"{full:.2f}x" if full is not None and row["name"] == "linear_pmpo_loss" else ""]
+            cells += ["-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
+            rows.append([*cells, "-" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"])
+    return [f"{machine(first, first['case']['device'])}:", "", *table(header, rows)]
+
+
+def readme_head() -> str:
+    """Everything between the README's two markers of the LM head."""
+    files = load("head-*.json")
+    folders = dict.fromkeys(path.parent for path in files)
+    parts = ["\n".join(heads({p: c for p, c in files.items() if p.parent == folder})) for folder in folders]
+    return "\n\n".join([HEAD_START, *(parts or ["Not measured yet: `python benchmarks/head.py`."]), HEAD_END])
 
 
 def stage_rows(kind: str, found: Content, elements: int) -> list[list[str]]:
@@ -280,14 +320,15 @@ def performance_cpu() -> str:
 def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> None:
     """Renew the blocks, or with --check compare them."""
     docs = ROOT / "docs"
-    blocks = {
-        ROOT / "README.md": readme(),
-        docs / "performance.md": performance(),
-        docs / "performance_cpu.md": performance_cpu(),
-    }
-    for path, block in blocks.items():
+    blocks = [
+        (ROOT / "README.md", START, END, readme()),
+        (ROOT / "README.md", HEAD_START, HEAD_END, readme_head()),
+        (docs / "performance.md", START, END, performance()),
+        (docs / "performance_cpu.md", START, END, performance_cpu()),
+    ]
+    for path, start, end, block in blocks:
         text = path.read_text()
-        renewed = text[: text.index(START)] + block + text[text.index(END) + len(END) :]
+        renewed = text[: text.index(start)] + block + text[text.index(end) + len(end) :]
         if check and renewed != text:
             name = path.relative_to(ROOT)
             typer.echo(f"{name}: differs from benchmarks/results/; run python benchmarks/readme_table.py", err=True)

@@ -53,7 +53,7 @@ def test_backward(benchmark: BenchmarkFixture, checked: tuple[Case, Bench, LossF
     _run(
         benchmark,
         case,
-        lambda: f(bench.restore(), bench.inputs),
+        lambda: f(*bench.restore(), bench.inputs),
         lambda loss: torch.autograd.grad(loss, bench.logits),
     )
 

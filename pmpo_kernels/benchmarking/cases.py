@@ -62,6 +62,11 @@ class Case:
                 raise ValueError(f"{name}: expected a fraction from 0 to {most}, got {value}")
 
     @property
+    def title(self) -> str:
+        shape = f"({self.batch}, {self.tokens}, {self.vocab})"
+        return f"{self.preset.value}, logits {shape} {self.dtype.value}, {self.device}"
+
+    @property
     def config(self) -> LossConfig:
         if self.preset is Preset.dr_grpo:
             return LossConfig.dr_grpo(max_length=self.tokens)
@@ -93,3 +98,45 @@ class Case:
         if self.device != "cpu":
             return 4 * self.logits_bytes
         return 14 * 4 * self.batch * self.tokens * self.vocab
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCase(Case):
+    """A loss from hidden states of width `hidden` and an LM head (V, H) of the same dtype, for losses that clip tokens.
+
+    Raises:
+        ValueError: as `Case`; or a preset that clips whole trajectories, whose bounds are below the rounding of 16-bit logits.
+    """
+
+    hidden: int
+    padded: float = 0.375
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config.clip != "token":
+            raise ValueError(f"preset: expected one that clips tokens, got {self.preset.value}")
+
+    @property
+    def title(self) -> str:
+        hidden = f"({self.batch}, {self.tokens}, {self.hidden})"
+        head = f"({self.vocab}, {self.hidden})"
+        return f"{self.preset.value}, hidden states {hidden}, head {head}, {self.dtype.value}, {self.device}"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-h{self.hidden}"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the response tokens' hidden states and of the head, up to the rounding of the lengths."""
+        tokens = round(self.batch * self.tokens * (1 - self.padded))
+        return (tokens + self.vocab) * self.hidden * (self.row_bytes // self.vocab)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Rough need, on a GPU of what must fit: float64 copies of the head, its gradient and chunks; on a CPU also of the
+        widest row, eager PyTorch: seven float32 tensors of the response tokens' logits."""
+        exact = 4 * 8 * self.vocab * self.hidden + 8 * 2**28
+        return exact + (
+            0 if self.device != "cpu" else round(28 * (1 - self.padded) * self.batch * self.tokens * self.vocab)
+        )

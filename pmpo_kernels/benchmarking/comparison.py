@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from pmpo_kernels.benchmarking import accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, using
 from pmpo_kernels.benchmarking.cases import Case
+from pmpo_kernels.benchmarking.head_accuracy import HeadErrors
 from pmpo_kernels.benchmarking.inputs import build_inputs
-from pmpo_kernels.benchmarking.measure import Bench, Times, lap, rotating
+from pmpo_kernels.benchmarking.measure import Bench, Steps, Times, lap, rotating
 from pmpo_kernels.benchmarking.memory import peak_memory
 from pmpo_kernels.benchmarking.stages import stage_functions
 from pmpo_kernels.benchmarking.traffic import Traffic, model_bytes
@@ -73,7 +75,7 @@ class Row:
     group: str
     gradient_error: float | None = None
     gradient_bound: float | None = None
-    parts: ThreePartError | None = None
+    parts: ThreePartError | HeadErrors | None = None
     loss_error: float | None = None
     loss_bound: float | None = None
     wrong: bool = False
@@ -98,25 +100,41 @@ class Comparison:
         return any(row.wrong for row in self.rows)
 
 
-def check(row: Row, bench: Bench, f: LossFunction, case: Case, want: accuracy.Exact) -> None:
-    """Fill in the errors of one run and, if they exceed their bounds, the problem."""
+def run_once(row: Row, bench: Steps, f: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
+    """Loss and gradients of one run; where it is a peer's failure or the memory is too small None, and the row says why."""
     try:
-        loss, gradient = bench.run(f)
+        return bench.run(f)
     except torch.OutOfMemoryError:
         row.problem = "out of GPU memory"
-        return
     except Exception as error:
         if row.group not in (PEER, COMPILED.group):
             raise
         row.problem = f"{row.name} failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+    return None
+
+
+def judge(row: Row) -> None:
+    """Errors above their bounds are a problem."""
+    assert row.gradient_error is not None
+    assert row.gradient_bound is not None
+    assert row.loss_error is not None
+    assert row.loss_bound is not None
+    row.wrong = not (row.gradient_error <= row.gradient_bound and row.loss_error <= row.loss_bound)
+    if row.wrong:
+        row.problem = "wrong result: error above its bound, not timed"
+
+
+def check(row: Row, bench: Bench, f: LossFunction, case: Case, want: accuracy.Exact) -> None:
+    """Fill in the errors of one run and, if they exceed their bounds, the problem."""
+    found = run_once(row, bench, f)
+    if found is None:
         return
+    loss, gradient = found
     row.parts, row.loss_error = accuracy.errors(loss, gradient, bench.inputs, want, case.config)
     row.gradient_error = max(row.parts)
     fused = row.group == FUSED
     row.gradient_bound, row.loss_bound = accuracy.bounds(gradient.dtype, case.vocab, want, case.config, fused=fused)
-    row.wrong = not (row.gradient_error <= row.gradient_bound and row.loss_error <= row.loss_bound)
-    if row.wrong:
-        row.problem = "wrong result: error above its bound, not timed"
+    judge(row)
 
 
 def compare(
@@ -152,7 +170,7 @@ def compare(
         with using(allocator):
             _time(case, benches, functions, WARMUP_ROUNDS, advance)
             samples, *more = _time(case, benches, functions, repeats, advance)
-        _summarise(rows, allocator, samples)
+        summarise(rows, allocator, samples)
         for total, found in zip((floor, stages), more, strict=True):
             for what, values in found.items():
                 total.setdefault(what, []).extend(values)
@@ -200,7 +218,7 @@ def steps(chosen: list[Variant], repeats: int, settings: list[Allocator]) -> int
     return 1 + 2 * len(chosen) + (WARMUP_ROUNDS + repeats) * len(settings)
 
 
-def _summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:
+def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:
     """Add the timing of each timed row with this allocator."""
     timings = {name: Timing.of(times) for name, times in samples.items()}
     eager = timings.get(EAGER.name)

@@ -32,7 +32,9 @@ def write_figure(report: Report, path: Path) -> None:
         whiskers = [[s.median - s.q1 for s in both], [s.q3 - s.median for s in both]]
         ax.errorbar([s.median for s in both], positions, xerr=whiskers, fmt="none", ecolor="black", capsize=2)
         for position, timing in zip(positions, timings, strict=True):
-            text = f"{timing.both.median:.3g} ms" + ("" if timing.speedup is None else f" ({timing.speedup:.1f}x)")
+            milliseconds = timing.both.median
+            text = f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds:,.0f} ms"
+            text += "" if timing.speedup is None else f" ({timing.speedup:.1f}x)"
             ax.annotate(
                 text, (timing.both.q3, position), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
             )

@@ -46,13 +46,7 @@ def build_inputs(case: Case) -> Inputs:
     B, T, V = case.batch, case.tokens, case.vocab
     generator = torch.Generator(case.device).manual_seed(case.seed)
     random: dict[str, Any] = {"generator": generator, "device": case.device}
-    even = (torch.randperm(B, **random) + 0.5) / B
-    lengths = T - (2 * case.padded * T * even).round().long()
-    mask = torch.arange(T, device=case.device) < lengths[:, None]
-    advantages = torch.randn(B, **random).abs() + 0.5
-    advantages[1::2] *= -1
-    advantages[B - _count(case.zero_advantage, B) :] = 0
-
+    mask, advantages = trajectories(case, random)
     logits = torch.empty(B, T, V, dtype=getattr(torch, case.dtype.value), device=case.device)
     token_ids = torch.empty(B, T, dtype=torch.int64, device=case.device)
     logp = torch.empty(B, T, dtype=torch.float64, device=case.device)
@@ -70,6 +64,18 @@ def build_inputs(case: Case) -> Inputs:
     return Inputs(logits, token_ids, old_logp, advantages, mask, power)
 
 
+def trajectories(case: Case, random: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mask (B, T) and advantages (B,) of a case, as `build_inputs` says."""
+    B, T = case.batch, case.tokens
+    even = (torch.randperm(B, **random) + 0.5) / B
+    lengths = T - (2 * case.padded * T * even).round().long()
+    mask = torch.arange(T, device=case.device) < lengths[:, None]
+    advantages = torch.randn(B, **random).abs() + 0.5
+    advantages[1::2] *= -1
+    advantages[B - _count(case.zero_advantage, B) :] = 0
+    return mask, advantages
+
+
 def language_logits(rows: int, V: int, random: dict[str, Any]) -> Tensor:
     """(rows, V) float32: 2 N(0, 1), and 16 random columns raised to compete with all others together: log V + 4 - 1.5 log k.
 
@@ -81,20 +87,20 @@ def language_logits(rows: int, V: int, random: dict[str, Any]) -> Tensor:
     return z.scatter_add_(1, peaks, raised.expand(rows, -1))
 
 
-def log_ratios(case: Case, mask: Tensor, advantages: Tensor, random: dict[str, Any]) -> Tensor:
+def log_ratios(case: Case, mask: Tensor, advantages: Tensor, random: dict[str, Any], margin: float = MARGIN) -> Tensor:
     """d (B, T) float64, noise of 0.1 with exactly the case's fraction clipped.
 
-    No token lies within 1e-3 of a clip bound, where rounding would decide whether it is clipped. Where whole trajectories
-    are clipped (p = 0: by their mean, and the bounds are a few 1e-4), no mean lies within half of a bound.
+    No token lies within half of `margin` of a clip bound, where rounding would decide whether it is clipped. Where whole
+    trajectories are clipped (p = 0: by their mean, and the bounds are a few 1e-4), no mean lies within half of a bound.
     """
     config, sign = case.config, advantages.double().sign()
     low, high = config.clip_low, config.clip_high
     bound = torch.where(sign > 0, high, low)
     noise = NOISE * torch.randn(mask.shape, dtype=torch.float64, **random)
     if config.clip == "token":
-        limit = min(low, high) - MARGIN
+        limit = min(low, high) - margin
         chosen = _choose(mask & (sign != 0)[:, None], case.clipped, random)
-        beyond = sign[:, None] * (bound[:, None] + MARGIN + noise.abs())
+        beyond = sign[:, None] * (bound[:, None] + margin + noise.abs())
         return torch.where(chosen, beyond, limit * torch.tanh(noise / limit))
     chosen = _choose(sign != 0, case.clipped, random)
     inside = min(low, high) * (torch.rand(sign.shape, dtype=torch.float64, **random) - 0.5)

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pmpo_kernels.benchmarking.allocator import page_faults
 from pmpo_kernels.benchmarking.inputs import Inputs
-from pmpo_kernels.benchmarking.variants import LossFunction
 
 FLUSH_FACTOR = 4  # sizes of the second-level cache that are written to empty it
 LEAD_CYCLES = 10_000_000  # about 5 ms in which the host queues the kernels of a region
@@ -33,7 +32,57 @@ class Times(NamedTuple):
     page_faults: int | None
 
 
-class Bench:
+class Steps:
+    """Forward and backward of a function of (leaves..., inputs): which leaves, and how they are restored, is a subclass's."""
+
+    inputs: Any
+    cuda: bool
+
+    def restore(self) -> tuple[Tensor, ...]:
+        """The leaves as at the start: the same cache state for every variant, and not timed."""
+        raise NotImplementedError
+
+    def run(self, f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """(loss, gradient of each leaf)."""
+        leaves = self.restore()
+        loss = f(*leaves, self.inputs)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    def time(self, f: Callable[..., Tensor]) -> Times:
+        """One forward and backward, timed apart, and on a GPU another, timed together."""
+        leaves = self.restore()
+        mark, milliseconds = clock(self.cuda)
+        faults = page_faults()
+        mark()
+        loss = f(*leaves, self.inputs)
+        mark()
+        settle(self.cuda)
+        mark()
+        gradient = torch.autograd.grad(loss, leaves)
+        mark()
+        forward, _, backward = milliseconds()
+        after = page_faults()
+        del gradient, loss
+        both = self._together(f) if self.cuda else forward + backward
+        return Times(forward, backward, both, None if faults is None or after is None else after - faults)
+
+    def _together(self, f: Callable[..., Tensor]) -> float:
+        leaves = self.restore()
+        return lap(lambda: torch.autograd.grad(f(*leaves, self.inputs), leaves), self.cuda)
+
+    def host(self, f: Callable[..., Tensor]) -> float:
+        """Microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
+        leaves = self.restore()
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        gradient = torch.autograd.grad(f(*leaves, self.inputs), leaves)
+        elapsed = time.perf_counter() - start
+        del gradient
+        return 1e6 * elapsed
+
+
+class Bench(Steps):
     """Inputs, and a working copy of the logits that is restored before each run (`inplace` writes over it).
 
     With `one_more` the copy has T + 1 positions, the last one random, and the gradient is that of the first T.
@@ -46,50 +95,15 @@ class Bench:
         self.logits[:, T:].normal_()
         self.logits.requires_grad_()
 
-    def restore(self) -> Tensor:
-        """The working copy as at the start: the same cache state for every variant, and not timed."""
+    def restore(self) -> tuple[Tensor]:
         T = self.inputs.logits.shape[1]
         self.logits.detach()[:, :T].copy_(self.inputs.logits)
-        return self.logits
+        return (self.logits,)
 
-    def run(self, f: LossFunction) -> tuple[Tensor, Tensor]:
+    def run(self, f: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         """(loss, gradient of the logits (B, T, V))."""
-        loss = f(self.restore(), self.inputs)
-        (gradient,) = torch.autograd.grad(loss, self.logits)
-        return loss.detach(), gradient[:, : self.inputs.logits.shape[1]]
-
-    def time(self, f: LossFunction) -> Times:
-        """One forward and backward, timed apart, and on a GPU another, timed together."""
-        logits = self.restore()
-        mark, milliseconds = clock(self.cuda)
-        faults = page_faults()
-        mark()
-        loss = f(logits, self.inputs)
-        mark()
-        settle(self.cuda)
-        mark()
-        gradient = torch.autograd.grad(loss, logits)
-        mark()
-        forward, _, backward = milliseconds()
-        after = page_faults()
-        del gradient, loss
-        both = self._together(f) if self.cuda else forward + backward
-        return Times(forward, backward, both, None if faults is None or after is None else after - faults)
-
-    def _together(self, f: LossFunction) -> float:
-        logits = self.restore()
-        return lap(lambda: torch.autograd.grad(f(logits, self.inputs), logits), self.cuda)
-
-    def host(self, f: LossFunction) -> float:
-        """Microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
-        logits = self.restore()
-        if self.cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        gradient = torch.autograd.grad(f(logits, self.inputs), logits)
-        elapsed = time.perf_counter() - start
-        del gradient
-        return 1e6 * elapsed
+        loss, gradient = super().run(f)
+        return loss, gradient[:, : self.inputs.logits.shape[1]]
 
     def floor(self) -> dict[str, float]:
         """Milliseconds of one read of the logits and of one copy into memory that is there already."""

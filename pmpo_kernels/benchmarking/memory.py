@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pmpo_kernels.benchmarking.allocator import map_every_large_tensor
 from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.inputs import build_inputs
-from pmpo_kernels.benchmarking.measure import Bench
+from pmpo_kernels.benchmarking.measure import Bench, Steps
 from pmpo_kernels.benchmarking.variants import LossFunction, Variant
 
 MEMORY_METHOD = {
@@ -26,15 +29,15 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def peak_memory(case: Case, variant: Variant, bench: Bench, f: LossFunction) -> int | None:
     """Bytes at the peak beyond the inputs, by `MEMORY_METHOD`; None where the system does not tell."""
-    if case.device == "cuda":
-        return _peak_allocated(bench, f)
-    if not _CLEAR_REFS.exists():
-        return None
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(_peak_resident, case, variant, torch.get_num_threads()).result()
+    return peak_allocated(bench, f) if bench.cuda else peak_resident(partial(_again, case, variant))
 
 
-def _peak_allocated(bench: Bench, f: LossFunction) -> int:
+def _again(case: Case, variant: Variant) -> tuple[Steps, Callable[..., Tensor]]:
+    return Bench(build_inputs(case), variant.one_more), variant.build(case.config)
+
+
+def peak_allocated(bench: Steps, f: Callable[..., Tensor]) -> int:
+    """Of a GPU's allocator, in this process."""
     bench.run(f)
     bench.restore()
     torch.cuda.synchronize()
@@ -51,11 +54,23 @@ def _resident(field: str) -> int:
     return 1024 * int(match[1])
 
 
-def _peak_resident(case: Case, variant: Variant, threads: int) -> int:
+Make = Callable[[], tuple[Steps, Callable[..., Tensor]]]
+
+
+def peak_resident(make: Make, warmups: int = 2) -> int | None:
+    """Of a fresh process in which `make()`, which it must be able to unpickle, gives what to run; None where the system
+    does not tell."""
+    if not _CLEAR_REFS.exists():
+        return None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_peak_of_this_process, make, warmups, torch.get_num_threads()).result()
+
+
+def _peak_of_this_process(make: Make, warmups: int, threads: int) -> int:
     map_every_large_tensor()
     torch.set_num_threads(threads)
-    bench, f = Bench(build_inputs(case), variant.one_more), variant.build(case.config)
-    for _ in range(2):
+    bench, f = make()
+    for _ in range(warmups):
         bench.run(f)
     gc.collect()
     _CLEAR_REFS.write_text("5")

@@ -52,8 +52,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        c = self.case
-        return f"{c.preset.value}, logits ({c.batch}, {c.tokens}, {c.vocab}) {c.dtype.value}, {c.device}"
+        return self.case.title
 
 
 def speed_table(report: Report) -> Table:
@@ -89,28 +88,34 @@ def speed_table(report: Report) -> Table:
     return out
 
 
-def accuracy_table(report: Report) -> Table:
-    """Errors, red where they exceed their bounds, and peak memory."""
+PARTS = ("target column", "other columns", "row sum")
+
+
+def accuracy_table(
+    report: Report, parts: tuple[str, ...] = PARTS, what: str = "of the gradient in three parts"
+) -> Table:
+    """Errors, red where they exceed their bounds, and peak memory; `parts` are the names of `Row.parts`."""
     size = report.case.logits_bytes / 2**20
     caption = (
-        "Largest relative errors against float64, of the gradient in three parts. "
+        f"Largest relative errors against float64, {what}. "
         f"Memory beyond the inputs (logits: {size:.0f} MiB): {MEMORY_METHOD[report.case.device]}."
     )
     out = Table(caption=caption, caption_justify="left")
     out.add_column("variant")
-    for name in ("target column", "other columns", "row sum", "bound", "loss error", "peak MiB"):
+    for name in (*parts, "bound", "loss error", "peak MiB"):
         out.add_column(name, justify="right")
     for row in report.rows:
         memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f}"
-        parts = [_error(part, row.gradient_bound) for part in row.parts or [None] * 3]
+        errors = [_error(part, row.gradient_bound) for part in row.parts or [None] * len(parts)]
         bound = "-" if row.gradient_bound is None else f"{row.gradient_bound:.1e}"
-        out.add_row(row.name, *parts, bound, _error(row.loss_error, row.loss_bound), memory)
+        out.add_row(row.name, *errors, bound, _error(row.loss_error, row.loss_bound), memory)
     return out
 
 
 def ms(spread: Spread) -> str:
-    """Median and quartiles, three digits."""
-    return f"{spread.median:.3g} ({spread.q1:.3g}-{spread.q3:.3g})"
+    """Median and quartiles, three digits; more in front of the point."""
+    median, q1, q3 = (f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in (spread.median, spread.q1, spread.q3))
+    return f"{median} ({q1}-{q3})"
 
 
 def _error(value: float | None, bound: float | None) -> Text:

@@ -1,0 +1,179 @@
+"""A case of `head.py` as tables and as JSON: times, and how they compare with the products alone, with the others, with a full
+case."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from head_rows import FLOOR, OURS, HeadVariant
+from peers import LIGER, TRL, versions
+from rich.table import Table
+from rich.text import Text
+
+from pmpo_kernels.benchmarking.allocator import Allocator
+from pmpo_kernels.benchmarking.cases import LIMITS, HeadCase
+from pmpo_kernels.benchmarking.comparison import Row, Timing
+from pmpo_kernels.benchmarking.report import P_NOTE, Report, ms
+from pmpo_kernels.benchmarking.report import content as base_content
+from pmpo_kernels.benchmarking.variants import EAGER
+
+PASSES = ("forward", "backward", "both")
+ERROR_PARTS = ("dhidden", "dweight, targets", "dweight, others")
+ERROR_NOTE = "of the gradients' rows over the sum of the norms of their terms"
+
+
+class Ratio(NamedTuple):
+    """A figure with what it should be: at most, or at least, its target; None where there is none on this device."""
+
+    name: str
+    value: float
+    target: float | None = None
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """A finished case. `tokens`: response tokens; `acting`: those of trajectories with A != 0; `chunk`: tokens of the largest
+    chunk of `linear_pmpo_loss` by default."""
+
+    base: Report
+    case: HeadCase
+    setting: Allocator
+    variants: dict[str, HeadVariant]
+    tokens: int
+    acting: int
+    chunk: int
+
+    @property
+    def timed(self) -> dict[str, Timing]:
+        return {row.name: row.timings[self.setting] for row in self.base.rows if self.setting in row.timings}
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        return {row.name: row for row in self.base.rows}
+
+    @property
+    def floor(self) -> str | None:
+        """Name of the fastest chunk size of the products alone."""
+        names = [name for name in self.timed if self.variants[name].group == FLOOR]
+        return min(names, key=lambda name: self.timed[name].both.median, default=None)
+
+    def ratios(self, full: HeadReport | None) -> list[Ratio]:
+        """Of this case's `linear_pmpo_loss`; `full` is the same case with every token in it."""
+        if OURS not in self.timed:
+            return []
+        cuda, mine = self.case.device != "cpu", self.timed[OURS].both.median
+        found = []
+
+        def add(name: str, value: float, target: float | None, at_least: bool = False) -> None:
+            found.append(Ratio(name, value, target, at_least))
+
+        whole = full is None or full is self
+        if self.floor and whole:
+            add(f"time over {self.floor}", mine / self.timed[self.floor].both.median, 1.15 if cuda else None)
+        if EAGER.name in self.timed:
+            add("time over eager PyTorch", mine / self.timed[EAGER.name].both.median, None if cuda else 1.0)
+        for name, target in ((LIGER, 2.0 if cuda else None), (TRL, None)):
+            if name in self.timed:
+                add(f"{name} over ours, time", self.timed[name].both.median / mine, target, at_least=True)
+        if LIGER in self.timed:
+            work = self.timed[LIGER].both.median * self.tokens / (self.case.batch * self.case.tokens)
+            add(f"{LIGER} over ours, time a token in the products (it has padding among them)", work / mine, None, True)
+        if full is not None and not whole and OURS in full.timed:
+            target = 0.6 if self.case.zero_advantage >= 0.5 else None
+            add("time over the full case", mine / full.timed[OURS].both.median, target)
+        peak = self.rows[OURS].peak_bytes
+        if peak is not None:
+            least = self.chunk * self.case.row_bytes + self.case.gradient_bytes
+            add("peak memory over logits of a chunk + gradients", peak / least, 1.0 if cuda else None)
+            eager = self.rows[EAGER.name].peak_bytes if EAGER.name in self.rows else None
+            if eager is not None:
+                add("peak memory over eager PyTorch", peak / eager, None if cuda else 0.25)
+        return found
+
+
+def full_case(report: HeadReport, reports: list[HeadReport]) -> HeadReport | None:
+    """The case that differs in its fractions alone and has all of its tokens in the products of both passes."""
+
+    def shape(r: HeadReport) -> tuple[Any, ...]:
+        return tuple(value for name, value in asdict(r.case).items() if name not in LIMITS or name == "padded")
+
+    return next(
+        (r for r in reports if shape(r) == shape(report) and r.case.clipped <= 0.05 and r.case.zero_advantage == 0),
+        None,
+    )
+
+
+def speed_table(report: HeadReport) -> Table:
+    """A line a row; one with a problem has no times."""
+    out = Table(title=report.base.title, caption=caption(report), caption_justify="left")
+    out.add_column("row")
+    for name in (*(f"{name} ms" for name in PASSES), "over the products", "vs eager", "peak MiB"):
+        out.add_column(name, justify="right")
+    floor = report.timed[report.floor].both.median if report.floor else None
+    for row in report.base.rows:
+        if row.name not in report.timed:
+            out.add_row(row.name, Text("WRONG", style="bold red") if row.wrong else Text("not timed", style="yellow"))
+            continue
+        timing = report.timed[row.name]
+        times = [ms(getattr(timing, name)) for name in PASSES]
+        over = "-" if floor is None else f"{timing.both.median / floor:.2f}x"
+        speedup = "-" if timing.speedup is None else f"{timing.speedup:.2f}x"
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
+        out.add_row(row.name, *times, over, speedup, peak)
+    return out
+
+
+def caption(report: HeadReport) -> str:
+    """What the figures of a case's table mean."""
+    slots, solved = report.case.batch * report.case.tokens, report.case.config.power == "ess"
+    return (
+        f"Median (quartiles) of {report.base.repeats} interleaved rounds. {report.tokens:,} response tokens, "
+        f"{report.acting:,} with A != 0, {report.base.comparison.gradient_rows:,} with a gradient. Packed but for "
+        f"{LIGER} and the padded row, which are given {slots:,} positions. Products: one forward, two backward, of all "
+        f"response tokens. By default {report.chunk:,} tokens in the largest chunk." + f" {P_NOTE}." * solved
+    )
+
+
+def ratio_table(reports: list[HeadReport]) -> Table:
+    """What the targets are about, a line a figure."""
+    out = Table(title=f"{OURS} by default, forward and backward")
+    out.add_column("case")
+    out.add_column("figure")
+    for name in ("value", "target", "met"):
+        out.add_column(name, justify="right")
+    for report in reports:
+        out.add_section()
+        for ratio in report.ratios(full_case(report, reports)):
+            target = "-" if ratio.target is None else f"{'>=' if ratio.at_least else '<='} {ratio.target:g}"
+            met = {None: Text("-"), True: Text("yes", style="green"), False: Text("no", style="bold red")}[ratio.met]
+            out.add_row(report.case.name, ratio.name, f"{ratio.value:.2f}", target, met)
+    return out
+
+
+def reasons(report: HeadReport) -> list[str]:
+    """Why rows have no times or are not there, a line each."""
+    problems = [f"no times: {row.name} ({row.problem})" for row in report.base.rows if row.problem]
+    return problems + [f"not measured: {name} ({reason})" for name, reason in report.base.skipped.items()]
+
+
+def content(report: HeadReport, full: HeadReport | None) -> dict[str, Any]:
+    """All figures with what they depend on."""
+    found = base_content(report.base)
+    found["versions"] |= versions()
+    found["case"]["gradient_bytes"] = report.case.gradient_bytes
+    for entry in found["results"]:
+        variant = report.variants[entry["name"]]
+        entry["padded"], entry["chunk"] = variant.padded, variant.chunk
+    found["tokens"] = {"response": report.tokens, "with_advantage": report.acting, "largest_chunk": report.chunk}
+    found["products"] = report.floor
+    found["ratios"] = [ratio._asdict() | {"met": ratio.met} for ratio in report.ratios(full)]
+    found["not_measured"] = found.pop("skipped")
+    return found

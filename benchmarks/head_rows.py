@@ -1,0 +1,231 @@
+"""The ways of computing the loss from hidden states and an LM head that are compared, and the bare products."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peers import LIGER, TRL
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pmpo_kernels import LossConfig, pmpo_loss
+from pmpo_kernels.baseline import eager_loss_from_logp, eager_token_logp
+from pmpo_kernels.benchmarking.cases import HeadCase, Preset
+from pmpo_kernels.benchmarking.head import HeadInputs
+from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER
+
+OURS = "linear_pmpo_loss"
+FLOOR = "floor"  # the products alone: not a loss, so not checked
+CHUNKS = {"cpu": (512, 2048), "cuda": (8192, 16384)}
+HeadLoss = Callable[[Tensor, Tensor, HeadInputs], Tensor]
+
+
+@dataclass(frozen=True)
+class HeadVariant:
+    """`build(config)` is a row's function of (hidden, weight, inputs), hidden packed (N, H) or `padded` (B, T, H)."""
+
+    name: str
+    group: str
+    build: Callable[[LossConfig], HeadLoss]
+    padded: bool = False
+    chunk: int | None = None
+
+
+class ThreeProducts(torch.autograd.Function):
+    """z = h W^T, z W and z^T h, and nothing else: what any implementation computes at least. A chunk's z is in one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+        z = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+        for i, (h, dh) in enumerate(zip(hidden.split(chunk), dhidden.split(chunk), strict=True)):
+            part = z[: len(h)]
+            torch.mm(h, weight.t(), out=part)
+            torch.mm(part, weight, out=dh)
+            torch.addmm(dweight, part.t(), h, beta=float(i > 0), out=dweight)
+        ctx.save_for_backward(dhidden, dweight)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden, dweight, None
+
+
+def build_products(chunk: int, config: LossConfig) -> HeadLoss:
+    """All response tokens, in chunks of so many."""
+    return lambda hidden, weight, i: ThreeProducts.apply(hidden, weight, chunk)
+
+
+def build_linear(chunk: int | None, padded: bool, config: LossConfig) -> HeadLoss:
+    """`linear_pmpo_loss`; it solves p."""
+    from pmpo_kernels import linear_pmpo_loss
+
+    def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+        ids, old_logp = (i.pad(i.token_ids), i.pad(i.old_logp)) if padded else (i.token_ids, i.old_logp)
+        layout = {"mask": i.mask} if padded else {"cu_seqlens": i.cu_seqlens}
+        return linear_pmpo_loss(
+            hidden, weight, ids, old_logp, i.advantages, max_chunk_tokens=chunk, config=config, **layout
+        ).loss
+
+    return loss
+
+
+def build_head_pmpo(config: LossConfig) -> HeadLoss:
+    """All logits at once, then `pmpo_loss`, whose gradient is written over them; it solves p."""
+
+    def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+        z = linear(hidden, weight)
+        return pmpo_loss(
+            z, i.token_ids, i.old_logp, i.advantages, cu_seqlens=i.cu_seqlens, config=config, inplace=True
+        ).loss
+
+    return loss
+
+
+def eager_head_loss(hidden: Tensor, weight: Tensor, i: HeadInputs, config: LossConfig) -> Tensor:
+    """All logits at once, then the baseline on the response tokens alone; it is given p."""
+    logp, entropy = eager_token_logp(
+        linear(hidden, weight)[None], i.token_ids[None], config.temperature, entropy_gradient=False
+    )
+    return padded_loss(logp[0], entropy[0], i, config)
+
+
+def padded_loss(logp: Tensor, entropy: Tensor, i: HeadInputs, config: LossConfig) -> Tensor:
+    """The baseline's rest, from packed logp and entropy (N,)."""
+    return eager_loss_from_logp(
+        i.pad(logp.float()), i.pad(entropy.float()), i.pad(i.old_logp), i.advantages, i.mask, config, i.power
+    )
+
+
+def build_eager(config: LossConfig) -> HeadLoss:
+    return lambda hidden, weight, i: eager_head_loss(hidden, weight, i, config)
+
+
+def build_compiled(config: LossConfig) -> HeadLoss:
+    """Static shapes, as in `variants.build_compiled`."""
+    f = torch.compile(eager_head_loss, dynamic=False)
+    return lambda hidden, weight, i: f(hidden, weight, i, config)
+
+
+def build_liger(config: LossConfig) -> HeadLoss:
+    """`LigerFusedLinearGRPOLoss`, a chunk a trajectory (its default). Every argument is given: its defaults are another loss.
+
+    Its loss from log-probs, which is O(tokens), stays eager: compiling it costs seconds a process.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    fused = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        compiled=False,
+        use_ref_model=False,
+        chunk_size=1,
+        epsilon_low=-math.expm1(-config.clip_low),
+        epsilon_high=math.expm1(config.clip_high),
+        loss_type="grpo",
+        max_completion_length=None,
+        importance_sampling_level="token",
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        temperature=config.temperature,
+        delta=None,
+        use_bias_correction_kl=False,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+    )
+
+    def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+        return fused(
+            hidden,
+            weight,
+            i.pad(i.token_ids),
+            i.mask,
+            i.advantages,
+            bias=None,
+            ref_per_token_logps=None,
+            old_per_token_logps=i.pad(i.old_logp),
+            vllm_is_ratio=None,
+            num_items_in_batch=None,
+        )[0]
+
+    return loss
+
+
+def build_trl(config: LossConfig) -> HeadLoss:
+    """What `add_fused_lm_head` calls: the response tokens alone (as TRL does on a GPU), in its tiles of the vocabulary, with
+    the entropy as a metric; then the baseline's rest. It is given p."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+        options = (_CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs", "entropy"))
+        logp, entropy, *_ = ChunkedLogProbFunction.apply(
+            hidden, weight, None, i.token_ids, config.temperature, *options
+        )
+        return padded_loss(logp, entropy.detach(), i, config)
+
+    return loss
+
+
+def products(case: HeadCase) -> list[HeadVariant]:
+    """The floor, in a few chunk sizes: the fastest of them counts."""
+    whole = case.batch * case.tokens
+    sizes = [1024] if case.device == "cpu" else [4096, whole]
+    return [
+        HeadVariant(
+            "three products" + (f", {size:,} a time" if size < whole else ""),
+            FLOOR,
+            partial(build_products, size),
+            chunk=size,
+        )
+        for size in sizes
+    ]
+
+
+def ours(case: HeadCase, brief: bool) -> list[HeadVariant]:
+    """`linear_pmpo_loss` on the packed batch; unless `brief` also padded, with other chunks, and `pmpo_loss` on all logits."""
+    found = [HeadVariant(OURS, FUSED, partial(build_linear, None, False))]
+    if brief:
+        return found
+    found.append(HeadVariant(f"{OURS}, padded", FUSED, partial(build_linear, None, True), padded=True))
+    found += [
+        HeadVariant(f"{OURS}, {size:,} a chunk", FUSED, partial(build_linear, size, False), chunk=size)
+        for size in CHUNKS[case.device]
+    ]
+    return [*found, HeadVariant("head + pmpo_loss", FUSED, build_head_pmpo)]
+
+
+def others(case: HeadCase, compiled: bool) -> tuple[list[HeadVariant], dict[str, str]]:
+    """The baseline and the packages that compute this case's loss; and for the others the reason why they are not measured."""
+    found, skipped = [HeadVariant(EAGER.name, EAGER.group, build_eager)], {}
+    if compiled:
+        found.append(HeadVariant(COMPILED.name, COMPILED.group, build_compiled))
+    else:
+        skipped[COMPILED.name] = "left out by --no-compile"
+    if case.preset is not Preset.grpo:
+        skipped[LIGER] = f"computes no {case.preset.value}; compared on grpo"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        skipped[LIGER] = "not installed (pip install liger-kernel packaging)"
+    else:
+        found.append(HeadVariant(LIGER, PEER, build_liger, padded=True))
+    if importlib.util.find_spec("trl") is None:
+        skipped[TRL] = "not installed (pip install trl)"
+    else:
+        found.append(HeadVariant(TRL, PEER, build_trl))
+    return found, skipped
+
+
+def head_rows(case: HeadCase, compiled: bool, brief: bool = False) -> tuple[list[HeadVariant], dict[str, str]]:
+    """Every row of a case, and why others are not measured; `brief`: only the floor and `linear_pmpo_loss`."""
+    if brief:
+        return [*products(case), *ours(case, brief)], {}
+    found, skipped = others(case, compiled)
+    return [*products(case), *found, *ours(case, brief)], skipped

@@ -1,0 +1,128 @@
+"""Hidden states and an LM head with signal in them, packed, and the leaves of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmpo_kernels.benchmarking.cases import HeadCase
+from pmpo_kernels.benchmarking.inputs import MARGIN, chunks, flat_trajectory, log_ratios, trajectories
+from pmpo_kernels.benchmarking.measure import Steps
+from pmpo_kernels.reference import STATS
+
+PEAKS = 4  # likely tokens of a row
+SPREAD = 1.5  # standard deviation of the logits of all others
+
+
+class HeadInputs(NamedTuple):
+    """hidden (N, H) of the response tokens, trajectory after trajectory; weight (V, H), both with rows in one piece; token_ids,
+    old_logp (N,); advantages (B,); mask (B, T), where they stand in a padded batch; power (B,) float64 where it is adaptive;
+    logp (N,) float64, exact."""
+
+    hidden: Tensor
+    weight: Tensor
+    token_ids: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    mask: Tensor
+    power: Tensor | None
+    logp: Tensor
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(N, ...) as (B, T, ...), 0 elsewhere; differentiable."""
+        padded = x.new_zeros(*self.mask.shape, *x.shape[1:])
+        return padded.masked_scatter(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 1)), x)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.nn.functional.pad(self.mask.sum(1).cumsum(0), (1, 0))
+
+
+def exact_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their float64 logits, a chunk at a time."""
+    exact = weight.double().t()
+    for rows in chunks(hidden.shape[0], weight.shape[0]):
+        yield rows, hidden[rows].double() @ exact
+
+
+def build_head_inputs(case: HeadCase) -> HeadInputs:
+    """Tokens sampled from the softmax of hidden @ weight.T in float64; old_logp = logp - d with d of `log_ratios`, none of
+    them so near a clip bound that the rounding of the logits decides (`logp_error`); the rest as in `build_inputs`.
+
+    Raises:
+        ValueError: the clip bounds leave no room beside the rounding of the logits.
+    """
+    V, H = case.vocab, case.hidden
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    random: dict[str, Any] = {"generator": generator, "device": case.device}
+    mask, advantages = trajectories(case, random)
+    N, dtype = int(mask.sum()), getattr(torch, case.dtype.value)
+    weight = (torch.randn(V, H, **random) / math.sqrt(H)).to(dtype)
+    hidden = language_hidden(N, weight, random)
+    token_ids = torch.empty(N, dtype=torch.int64, device=case.device)
+    logp = torch.empty(N, dtype=torch.float64, device=case.device)
+    largest = 0.0
+    for rows, z in exact_logits(hidden, weight):
+        largest = max(largest, float(z.abs().max()))
+        log_q = z.log_softmax(-1)
+        token_ids[rows] = torch.multinomial(log_q.exp(), 1, generator=generator)[:, 0]
+        logp[rows] = log_q.gather(-1, token_ids[rows, None])[:, 0]
+    margin = MARGIN + logp_error(hidden, weight, largest)
+    bound = min(case.config.clip_low, case.config.clip_high)
+    if margin > 0.9 * bound:
+        raise ValueError(f"dtype: expected logits rounded by less than the clip bound {bound:.2g}, got {margin:.2g}")
+    d = log_ratios(case, mask, advantages, random, margin)[mask]
+    old_logp = (logp - d).float()
+    inputs = HeadInputs(hidden, weight, token_ids, old_logp, advantages, mask, None, logp)
+    if case.config.power != "ess":
+        return inputs
+    padded = (inputs.pad(logp), inputs.pad(old_logp), advantages, mask, case.config)
+    return inputs._replace(power=flat_trajectory(*padded)[2][STATS.index("power")])
+
+
+def language_hidden(N: int, weight: Tensor, random: dict[str, Any]) -> Tensor:
+    """(N, H) in the dtype of weight, of rows with norm near 1: 4 random rows of it, raised to compete with all others
+    together (log V + spread^2 / 2 + 1.5 - 1.5 log k), and noise that gives the other logits their spread.
+
+    The spread of a language model's logits, as in `language_logits`; the 4 rows are likely, and one of them mostly is sampled.
+    """
+    V, H = weight.shape
+    rank = torch.arange(1, PEAKS + 1, device=weight.device)
+    raised = math.log(V) + SPREAD**2 / 2 + 1.5 - 1.5 * rank.log()
+    noise = math.sqrt(max(0.0, SPREAD**2 - float((raised**2).sum()) / H))
+    hidden = torch.randn(N, H, **random) * noise
+    peaks = torch.randint(0, V, (N, PEAKS), **random)
+    for k in range(PEAKS):
+        hidden += raised[k] * weight[peaks[:, k]].float()
+    return hidden.to(weight.dtype)
+
+
+def accumulation(terms: int) -> float:
+    """Error of a sum of `terms` products in float32 over the sum of their absolute values, whatever the order: at most
+    terms u; for roundings that are independent 8 sqrt(terms) u, but for a probability of 1e-13 terms (N. Higham, T. Mary, A new
+    approach to probabilistic rounding error analysis, 2019, theorem 3.1 with lambda = 8)."""
+    return min(terms, 8 * math.sqrt(terms)) * torch.finfo(torch.float32).eps / 2
+
+
+def logp_error(hidden: Tensor, weight: Tensor, largest: float) -> float:
+    """Bound on what the product with the head changes in a log-probability: in the target's logit and in the logsumexp at most
+    as much as in a single logit, u |z| for its storage in the dtype, and `accumulation` of the product of the norms."""
+    u = torch.finfo(weight.dtype).eps / 2
+    norms = [float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max()) for x in (hidden, weight)]
+    return 2 * (u * largest + accumulation(weight.shape[1]) * norms[0] * norms[1])
+
+
+class HeadBench(Steps):
+    """The leaves hidden, packed (N, H) or `padded` (B, T, H) with zeros, and weight. Nothing writes over them."""
+
+    def __init__(self, inputs: HeadInputs, padded: bool = False) -> None:
+        self.inputs, self.cuda = inputs, inputs.hidden.is_cuda
+        self.hidden = (inputs.pad(inputs.hidden) if padded else inputs.hidden).detach().requires_grad_()
+        self.weight = inputs.weight.detach().requires_grad_()
+
+    def restore(self) -> tuple[Tensor, Tensor]:
+        return self.hidden, self.weight

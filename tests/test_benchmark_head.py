@@ -1,0 +1,351 @@
+"""The benchmark of the fused LM head: its float64 gradients, what its check rejects, its rows, and its command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import head
+import head_rows
+import pytest
+import torch
+from head_report import HeadReport, full_case
+from peers import LIGER, TRL
+from torch import Tensor
+from typer.testing import CliRunner
+
+from pmpo_kernels import LossConfig
+from pmpo_kernels.baseline import eager_loss_from_logp
+from pmpo_kernels.benchmarking import head_accuracy, inputs
+from pmpo_kernels.benchmarking.allocator import allocators
+from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
+from pmpo_kernels.benchmarking.comparison import Comparison, Spread, Timing
+from pmpo_kernels.benchmarking.head import HeadBench, HeadInputs, build_head_inputs
+from pmpo_kernels.benchmarking.measure import Times
+from pmpo_kernels.benchmarking.report import Report
+from pmpo_kernels.benchmarking.variants import PEER
+
+runner = CliRunner(env={"COLUMNS": "200"})
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = HeadCase(vocab=200, hidden=32, batch=8, tokens=16, device=DEVICE)
+LEAST = {"dtype": torch.float64, "device": DEVICE}
+
+
+def compared(case: HeadCase, *chosen: head_rows.HeadVariant) -> Comparison:
+    return head.compare(case, list(chosen), 1, lambda what: None, allocators(DEVICE)[-1], memory=False)[0]
+
+
+# --- inputs and float64 ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [Preset.grpo, Preset.pmpo])
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_inputs_have_the_fractions_of_the_case(preset: Preset, dtype: Dtype) -> None:
+    case = replace(SMALL, preset=preset, dtype=dtype, clipped=0.5, zero_advantage=0.5)
+    i, config = build_head_inputs(case), case.config
+    lengths = i.mask.sum(1)
+    assert len(i.hidden) == int(lengths.sum()) == round(0.625 * case.batch * case.tokens)
+    assert int(lengths.min()) < case.tokens / 2
+    assert (i.advantages == 0).double().mean() == 0.5
+    acting = i.mask[i.advantages != 0].sum()
+    exact = head_accuracy.exact(i, config)
+    assert exact.gradient_rows == pytest.approx(float(acting) / 2, abs=1)
+    d = (i.logp - i.old_logp)[(i.advantages != 0).repeat_interleave(lengths)]
+    bounds = torch.tensor([-config.clip_low, config.clip_high], **LEAST)
+    # rounding of the logits does not decide what is clipped
+    off = (i.hidden @ i.weight.t()).double() - i.hidden.double() @ i.weight.double().t()
+    assert (d[:, None] - bounds).abs().min() > max(1e-3, 2 * float(off.abs().max()))
+
+
+def test_the_logits_look_like_a_models() -> None:
+    i = build_head_inputs(replace(SMALL, vocab=4000, hidden=256, batch=16))
+    log_q = (i.hidden.double() @ i.weight.double().t()).log_softmax(-1)
+    assert 0.5 < -(log_q.exp() * log_q).sum(-1).mean() < 4
+    assert -4 < i.logp.mean() < -0.5
+
+
+@pytest.mark.parametrize("preset", [Preset.grpo, Preset.dapo, Preset.pmpo])
+def test_the_chunked_gradients_are_autograds(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(SMALL, preset=preset, zero_advantage=0.25)
+    i, config = build_head_inputs(case), case.config
+    monkeypatch.setattr(inputs, "CHUNK_ELEMENTS", 7 * case.vocab)
+    exact = head_accuracy.exact(i, config)
+    loss, dhidden, dweight = autograd(i, config)
+    assert exact.loss == pytest.approx(float(loss), rel=1e-12)
+    for found, want in ((exact.hidden, dhidden), (exact.weight, dweight)):
+        assert torch.allclose(found, want, rtol=1e-9, atol=1e-15)
+    assert 0 < int(exact.is_target.sum()) < case.vocab
+    right, loss_error = head_accuracy.errors(loss, dhidden, dweight, i, exact)
+    assert max(*right, loss_error) < 1e-12
+
+
+def autograd(i: HeadInputs, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The baseline in float64, all logits at once."""
+    hidden, weight = (x.double().requires_grad_() for x in (i.hidden, i.weight))
+    logp = (hidden @ weight.t()).log_softmax(-1).gather(-1, i.token_ids[:, None])[:, 0]
+    loss = eager_loss_from_logp(
+        i.pad(logp), i.pad(logp), i.pad(i.old_logp.double()), i.advantages, i.mask, config, i.power
+    )
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def gradients(
+    i: HeadInputs, exact: head_accuracy.HeadExact, change: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """dhidden, dweight of changed gradients of the logits: change(target part, softmax part), both (N, V)."""
+    hidden, weight = i.hidden.double(), i.weight.double()
+    q = (hidden @ weight.t()).softmax(-1)
+    at = torch.nn.functional.one_hot(i.token_ids, len(weight)).double()
+    g = (exact.hidden / (at - q).matmul(weight)).nanmean(1)  # each row is its coefficient times that
+    grad = change(g[:, None] * at, -g[:, None] * q)
+    return grad @ weight, grad.t() @ hidden
+
+
+@pytest.mark.parametrize("preset", [Preset.grpo, Preset.pmpo])
+def test_the_check_rejects_wrong_gradients(preset: Preset) -> None:
+    """In float32 each gradient alone must be seen, dhidden and both kinds of rows of dweight."""
+    case = replace(SMALL, preset=preset, vocab=2000, hidden=128)
+    i, config = build_head_inputs(case), case.config
+    exact = head_accuracy.exact(i, config)
+    bound, _ = head_accuracy.bounds(i, exact, config)
+    first = i.mask.nonzero()[:, 0] == int(i.advantages.abs().argmax())
+    wrong: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "zero": lambda target, softmax: 0 * target,
+        "target alone": lambda target, softmax: target,
+        "softmax part 5 % too large": lambda target, softmax: target + 1.05 * softmax,
+        "one trajectory missing": lambda target, softmax: (target + softmax).masked_fill(first[:, None], 0),
+        "a part of the vocabulary missing": lambda target, softmax: (target + softmax).index_fill(
+            1, i.token_ids[:1], 0
+        ),
+    }
+    loss = torch.tensor(exact.loss)
+    right, _ = head_accuracy.errors(loss, *gradients(i, exact, lambda a, b: a + b), i, exact)
+    assert max(right) < 1e-9
+    for name, change in wrong.items():
+        dhidden, dweight = gradients(i, exact, change)
+        hidden_alone, _ = head_accuracy.errors(loss, dhidden, exact.weight, i, exact)
+        weight_alone, _ = head_accuracy.errors(loss, exact.hidden, dweight, i, exact)
+        assert hidden_alone.hidden > bound, name
+        assert max(weight_alone) > bound, name
+        if "vocabulary" not in name:
+            assert min(weight_alone[1:]) > bound, name
+
+
+def test_the_check_rejects_what_is_not_finite_or_must_be_zero() -> None:
+    i, config = build_head_inputs(replace(SMALL, zero_advantage=0.25)), SMALL.config
+    exact = head_accuracy.exact(i, config)
+    loss = torch.tensor(exact.loss)
+    skipped = exact.hidden.clone()
+    skipped[exact.hidden_scale == 0] = 1e-30
+    padding = i.pad(exact.hidden)
+    assert head_accuracy.errors(loss, padding, exact.weight, i, exact)[0].hidden == 0
+    padding[~i.mask] = 1e-30
+    for dhidden in (skipped, padding, exact.hidden * torch.nan):
+        assert head_accuracy.errors(loss, dhidden, exact.weight, i, exact)[0].hidden == torch.inf
+    assert head_accuracy.errors(loss * torch.nan, exact.hidden, exact.weight, i, exact)[1] == torch.inf
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [Preset.grpo, Preset.pmpo])
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_every_row_is_right_and_timed(preset: Preset, dtype: Dtype) -> None:
+    """Liger's and TRL's rows among them, where they are installed."""
+    case = replace(SMALL, preset=preset, dtype=dtype, zero_advantage=0.25)
+    chosen, skipped = head_rows.head_rows(case, compiled=False)
+    found = compared(case, *chosen)
+    assert not [row for row in found.rows if row.problem], found.rows
+    assert all(row.timings for row in found.rows)
+    assert all((row.gradient_error is None) == (row.group == head_rows.FLOOR) for row in found.rows)
+    assert skipped["torch.compile"] == "left out by --no-compile"
+    if preset is Preset.pmpo:
+        assert skipped[LIGER] == "computes no pmpo; compared on grpo"
+
+
+def test_missing_peers_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_rows.importlib.util, "find_spec", lambda name: None)
+    chosen, skipped = head_rows.head_rows(replace(SMALL, preset=Preset.grpo), compiled=True)
+    assert not [variant for variant in chosen if variant.group == PEER]
+    assert skipped == {
+        LIGER: "not installed (pip install liger-kernel packaging)",
+        TRL: "not installed (pip install trl)",
+    }
+
+
+@pytest.mark.parametrize("preset", [Preset.grpo, Preset.pmpo])
+def test_installed_peers_are_among_the_rows(preset: Preset) -> None:
+    pytest.importorskip("liger_kernel")
+    pytest.importorskip("trl")
+    chosen, _ = head_rows.head_rows(replace(SMALL, preset=preset), compiled=False)
+    peers = [variant.name for variant in chosen if variant.group == PEER]
+    assert peers == ([LIGER, TRL] if preset is Preset.grpo else [TRL])
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_the_floor_is_the_three_products(chunk: int) -> None:
+    bench = HeadBench(build_head_inputs(SMALL))
+    _, dhidden, dweight = bench.run(head_rows.build_products(chunk, SMALL.config))
+    z = bench.hidden.detach() @ bench.weight.detach().t()
+    assert torch.allclose(dhidden, z @ bench.weight.detach(), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(dweight, z.t() @ bench.hidden.detach(), rtol=1e-4, atol=1e-3)
+
+
+def scaled(factor: float, where: str, config: LossConfig) -> head_rows.HeadLoss:
+    """The baseline with only its loss, or only one gradient, off by a factor."""
+
+    def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+        if where == "dhidden":
+            hidden = factor * hidden + (1 - factor) * hidden.detach()
+        if where == "dweight":
+            weight = factor * weight + (1 - factor) * weight.detach()
+        right = head_rows.eager_head_loss(hidden, weight, i, config)
+        return right + (factor - 1) * right.detach() if where == "loss" else right
+
+    return loss
+
+
+class Scaled:
+    """`build` of a wrong row."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, config: LossConfig) -> head_rows.HeadLoss:
+        return scaled(1.05, self.where, config)
+
+
+def test_a_wrong_row_has_no_times_and_a_peers_failure_is_reported() -> None:
+    def fails(config: LossConfig) -> head_rows.HeadLoss:
+        def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+        return loss
+
+    wrong = [head_rows.HeadVariant(where, "naive", Scaled(where)) for where in ("loss", "dhidden", "dweight")]
+    found = compared(SMALL, *wrong, head_rows.HeadVariant("theirs", PEER, fails))
+    assert [(row.wrong, bool(row.timings)) for row in found.rows] == [(True, False)] * 3 + [(False, False)]
+    assert found.rows[3].problem == "theirs failed: RuntimeError: no such kernel"
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        compared(SMALL, head_rows.HeadVariant("ours", "fused", fails))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+ARGUMENTS = ["--model", "smollm2", "--hidden", "16", "--batch", "3", "--tokens", "8", "--dtype", "float32"]
+ARGUMENTS += ["--repeats", "2", "--no-compile"]
+
+
+def few_rows(case: HeadCase, compiled: bool, brief: bool) -> tuple[list[head_rows.HeadVariant], dict[str, str]]:
+    """Each one's memory is measured in a process of its own."""
+    chosen, skipped = head_rows.head_rows(case, compiled, brief)
+    return [v for v in chosen if v.group == "floor" or v.name in ("eager PyTorch", head_rows.OURS)], skipped
+
+
+def test_head_writes_its_files_and_overwrites_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "head_rows", few_rows)
+    arguments = [*ARGUMENTS, "--clipped", "0.5", "--out", str(tmp_path)]
+    result = runner.invoke(head.app, arguments)
+    assert result.exit_code == 0, result.output
+    stem = "head-smollm2-3x8-float32-grpo-p0.375-c0.5-z0-h16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{stem}.json", f"{stem}.png"]
+    content = json.loads((tmp_path / f"{stem}.json").read_text())
+    rows = {row["name"]: row for row in content["results"]}
+    for row in rows.values():
+        (timing,) = row["timings"].values()
+        assert len(timing["samples"]) == 2
+        assert row["peak_bytes"] is not None
+        if row["group"] != "floor":
+            assert max(row["parts"].values()) == row["gradient_error"] <= row["gradient_bound"]
+    assert {"commit", "date", "devices", "versions"} <= set(content)
+    assert content["tokens"]["response"] == content["tokens"]["with_advantage"] == 15
+    check_ratios(content, rows)
+    again = runner.invoke(head.app, arguments)
+    assert again.exit_code == 2
+    assert "--overwrite" in again.output
+    assert json.loads((tmp_path / f"{stem}.json").read_text()) == content
+
+
+def check_ratios(content: dict[str, Any], rows: dict[str, Any]) -> None:
+    """They follow from the times and sizes that are written beside them."""
+    found = {ratio["name"]: ratio for ratio in content["ratios"]}
+    times = {name: next(iter(row["timings"].values()))["both"]["median"] for name, row in rows.items()}
+    eager = found["time over eager PyTorch"]
+    assert eager["value"] == pytest.approx(times[head_rows.OURS] / times["eager PyTorch"])
+    assert found[f"time over {content['products']}"]["value"] == pytest.approx(
+        times[head_rows.OURS] / min(time for name, time in times.items() if name.startswith("three products"))
+    )
+    memory = found["peak memory over logits of a chunk + gradients"]["value"]
+    least = content["tokens"]["largest_chunk"] * 49152 * 4 + content["case"]["gradient_bytes"]
+    assert memory == pytest.approx(rows[head_rows.OURS]["peak_bytes"] / least)
+    if DEVICE == "cpu":
+        assert eager["target"] == 1
+        assert eager["met"] == (eager["value"] <= 1)
+
+
+def test_head_shows_a_wrong_row_and_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = head_rows.HeadVariant("changed", "naive", Scaled("dweight"))
+    monkeypatch.setattr(head, "head_rows", lambda *args: ([wrong], {"someone": "not installed"}))
+    result = runner.invoke(head.app, [*ARGUMENTS, "--no-memory", "--out", str(tmp_path)])
+    assert result.exit_code == 1, result.output
+    assert "WRONG" in result.output
+    assert "no times: changed (wrong result" in result.output
+    assert "not measured: someone (not installed)" in result.output
+    (path,) = tmp_path.glob("*.json")
+    (row,) = json.loads(path.read_text())["results"]
+    assert (row["wrong"], row["timings"]) == (True, {})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--model", "gpt5", "'gpt2'"),
+        ("--preset", "gspo", "preset: expected one that clips tokens, got gspo"),
+        ("--padded", "0.6", "padded: expected a fraction from 0 to 0.5, got 0.6"),
+        ("--hidden", "0", "1"),
+        ("--tokens", "100000000", "GiB available"),
+    ],
+)
+def test_head_names_a_bad_option(option: str, value: str, expected: str, tmp_path: Path) -> None:
+    result = runner.invoke(head.app, [option, value, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert option in result.output
+    assert expected in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_suites_fit_their_devices() -> None:
+    for device, tokens, most in (("cpu", 2560, 8e9), ("cuda", 15360, 40e9)):
+        plan = head.suite(device)
+        assert len({planned.case.name for planned in plan}) == len(plan) == 4
+        assert not plan[0].brief
+        for case, _ in plan:
+            assert round(0.625 * case.batch * case.tokens) == tokens
+            assert case.needed_bytes < most
+
+
+def test_a_case_that_saves_work_is_compared_with_the_full_one() -> None:
+    reports = []
+    for fractions, both in (
+        ({"clipped": 0.0}, 8.0),
+        ({"clipped": 0.0, "zero_advantage": 0.5}, 4.0),
+        ({"clipped": 0.5}, 6.0),
+    ):
+        case = replace(SMALL, preset=Preset.grpo, zero_advantage=0.0)
+        case = replace(case, **fractions)
+        (ours,) = head_rows.ours(case, brief=True)
+        found = compared(case, ours)
+        found.rows[0].timings = {allocators(DEVICE)[-1]: Timing.of([Times(both, 0.0, both, None)])}
+        assert found.rows[0].timings[allocators(DEVICE)[-1]].both == Spread.of([both])
+        variants = {ours.name: ours}
+        reports.append(HeadReport(Report(case, 1, found, {}), case, allocators(DEVICE)[-1], variants, 1, 1, 1))
+    assert [full_case(report, reports) for report in reports] == [reports[0]] * 3
+    over = [{r.name: r for r in report.ratios(reports[0])}.get("time over the full case") for report in reports]
+    assert over[0] is None
+    assert [(r.value, r.target, r.met) for r in over[1:] if r] == [(0.5, 0.6, True), (0.75, None, None)]
