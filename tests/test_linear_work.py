@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import CONFIGURATIONS
-from head import HeadCase, head_case, loss_scale, materialised, product_error, run_head
+from head_cases import HeadCase, head_case, loss_scale, materialised, product_error, run_head
 from helpers import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
