@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,23 @@ def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> lis
         shape = x.shape if wanted and x is not None else (0,)
         found.append(torch.zeros(shape, dtype=dtype, device=hidden.device))
     return found
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b of 16-bit factors, in one product with a float32 result."""
+    torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+
+
+@cache
+def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `add_product` works here: asked of PyTorch by a small one, because versions differ in what they accept (the
+    operator came with 2.8, on CUDA devices, at first for a sum in 16 bits only)."""
+    total, a, b = (torch.ones(16, 16, dtype=d, device=device) for d in (torch.float32, dtype, dtype))
+    try:
+        add_product(total, a, b)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((total == 17).all())
 
 
 class Projection:
@@ -116,12 +134,12 @@ class Projection:
 
     @staticmethod
     def _add_weight(total: Tensor, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
-        """total (V, H) += g h / scale. 16-bit products are summed up in float32: by the product itself on a CUDA device, else
-        each is rounded once, in blocks of the vocabulary."""
+        """total (V, H) += g h / scale. 16-bit products are summed up in float32: by the product itself where it can, else each is
+        rounded once, in blocks of the vocabulary."""
         if total.dtype == g.dtype:
             total.addmm_(g, h)
-        elif scale is None and total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
-            torch.ops.aten.addmm.dtype_out(total, g, h, total.dtype, out=total)
+        elif scale is None and adds_to_float32(g.device, g.dtype):
+            add_product(total, g, h)
         else:
             size = max(1, BLOCK_BYTES // (h.shape[1] * total.element_size()))
             for start in range(0, len(total), size):
