@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
+from head_cases import head_case, run_head
 from helpers import same_bits
 
-from pmpo_kernels import LossConfig, PMPOOutput, pmpo_loss, token_logp
+from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, token_logp
+from pmpo_kernels.linear import pack
+from pmpo_kernels.projection import add_product, adds_to_float32
 from pmpo_kernels.verification import Case, make_case
 
 pytestmark = pytest.mark.gpu
@@ -134,3 +138,55 @@ def test_more_than_2_31_elements(V: int) -> None:
         assert (gradient[0, -2] == 0).all()
         del gradient
         torch.cuda.empty_cache()
+
+
+def test_the_head_waits_twice_and_once_a_chunk() -> None:
+    """docs/fused_head.md counts them; every other transfer goes to the device."""
+    head = head_case(torch.bfloat16, "cuda")
+    run_head(head, LossConfig.pmpo(), None, max_chunk_tokens=12)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            out, _ = run_head(head, LossConfig.pmpo(), None, max_chunk_tokens=12)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    lengths = [n for n, A in zip(head.case.mask.sum(1).tolist(), head.case.advantages.tolist(), strict=True) if A]
+    assert len(found) <= 2 + len(list(pack(lengths, 12))), [str(w.message) for w in found]
+    assert out.loss.isfinite()
+
+
+def test_the_head_holds_one_chunk_of_logits() -> None:
+    """Peak memory: a chunk's logits, the float32 sum of the weight's gradient, and that in bfloat16 with the hidden states'."""
+    N, V, H, chunk = 8192, 50_257, 512, 1024
+    hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids, offsets = torch.randint(V, (N,), device="cuda"), torch.arange(0, N + 1, 512, device="cuda")
+
+    def run() -> None:
+        hidden.grad = weight.grad = None
+        options = {"cu_seqlens": offsets, "max_chunk_tokens": chunk, "config": LossConfig.grpo()}
+        linear_pmpo_loss(hidden, weight, ids, None, torch.ones(N // 512, device="cuda"), **options).loss.backward()
+
+    run()
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    sums = 4 * V * H if adds_to_float32(hidden.device, hidden.dtype) else 4 * V * H + 2**26
+    logits, rows = 2 * chunk * (V + 64), 4 * 2 * chunk * H + 128 * N
+    assert torch.cuda.max_memory_allocated() - before <= max(logits + sums, sums + 2 * V * H) + 2 * N * H + rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_add_to_float32(dtype: torch.dtype) -> None:
+    """Where PyTorch offers it: no rounding to 16 bits in between."""
+    device = torch.device("cuda")
+    if not adds_to_float32(device, dtype):
+        pytest.skip(f"PyTorch {torch.__version__} does not add 16-bit products to a float32 sum")
+    a, b = (torch.randn(s, device=device).to(dtype) for s in ((1000, 300), (300, 96)))
+    total = torch.randn(1000, 96, device=device)
+    want = total.double() + a.double() @ b.double()
+    add_product(total, a, b)
+    terms = want.abs() + a.double().abs() @ b.double().abs()
+    assert ((total.double() - want).abs() <= 302 * torch.finfo(torch.float32).eps / 2 * terms).all()

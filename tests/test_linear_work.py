@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 
 import pmpo_kernels.linear
+import pmpo_kernels.projection
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
 from pmpo_kernels.demo.cost import peak_memory
 from pmpo_kernels.linear import FEWEST_TOKENS, default_chunk_tokens, pack
@@ -202,6 +203,23 @@ def test_float16_gradients_are_scaled_before_they_are_rounded() -> None:
         found.append([x.grad for x in leaves])
     assert all(x.abs().max() > 0 for x in found[0])
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a product of 16-bit factors can add to a float32 sum, nothing is rounded to 16 bits before the end."""
+
+    def add(total: Tensor, a: Tensor, b: Tensor) -> None:
+        total += a.float() @ b.float()
+
+    head, config = head_case(torch.bfloat16), LossConfig.grpo(clip="none")
+    monkeypatch.setattr(pmpo_kernels.projection, "add_product", add)
+    monkeypatch.setattr(pmpo_kernels.projection, "adds_to_float32", lambda device, dtype: True)
+    want = materialised(head, config, None)
+    for chunk in (None, 7):
+        _, (_, dweight, _) = run_head(head, config, None, max_chunk_tokens=chunk)
+        n, u, stored = head.case.mask.numel(), 2.0**-24, 2.0**-8
+        bound = want.terms[1] * (n + 2) * u + want.gradients[1].abs() * stored * (1 + stored)
+        assert ((dweight.double() - want.gradients[1]).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
