@@ -241,6 +241,15 @@ LIBRARY.impl("linear_loss", linear_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("pmpo_kernels::linear_loss", fake, lib=LIBRARY)
 
 
+def scales_nothing(grad_loss: Tensor) -> bool:
+    """Whether the saved gradients can be given away: the factor is 1, and nobody can ask for them again because the graph is
+    freed. Not asked on a GPU, which it would wait for."""
+    if torch.compiler.is_compiling() or grad_loss.device.type != "cpu":
+        return False
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return not kept() and float(grad_loss) == 1
+
+
 class LinearLossFunction(torch.autograd.Function):
     """(hidden, weight, bias, token_ids, inputs, denominator, config, head) -> (loss, stats, denominator, logp, entropy); the
     loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass scales."""
@@ -287,4 +296,6 @@ class LinearLossFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 8
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        if scales_nothing(grad_loss):
+            return *(None if dtype is None else g.to(dtype) for g, dtype in saved), *(None,) * 5
         return *(None if dtype is None else (g * grad_loss).to(dtype) for g, dtype in saved), *(None,) * 5

@@ -8,10 +8,12 @@ import torch
 
 
 def available_memory(device: str | torch.device) -> int | None:
-    """Free bytes of the GPU, or of main memory without swapping; None where the system does not tell."""
+    """Free bytes of the GPU, what PyTorch's allocator holds unused among them, or of main memory without swapping; None where the
+    system does not tell."""
     device = torch.device(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type != "cpu":
         return None
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CONFIGURATIONS, device_of
-from head import HeadCase, head_case, materialised, product_error, products, run_head
+from head_cases import HeadCase, head_case, materialised, product_error, products, run_head
 from helpers import same_bits
 from torch import Tensor
 from torch.nn.functional import linear

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import CONFIGURATIONS
-from head import HeadCase, head_case, loss_scale, materialised, product_error, run_head
+from head_cases import HeadCase, head_case, loss_scale, materialised, product_error, run_head
 from helpers import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,7 +132,7 @@ def test_one_chunk_of_logits_at_a_time() -> None:
         hidden.grad = weight.grad = None
         return peak_memory(run, torch.device("cpu"))
 
-    gradients = 2 * 4 * (N + V) * H  # saved, and scaled by the backward pass
+    gradients = 4 * (N + V) * H  # given away by the backward pass, since there is nothing to scale
     small = 64 * 8 * N + 4 * 4 * chunk * H
     assert peak(chunk) <= 4 * chunk * V + gradients + small
     assert peak(N) > 4 * N * V  # the measurement sees logits
@@ -179,6 +179,13 @@ def test_backward_scales_and_can_be_repeated() -> None:
     for factor in (1.0, -3.0, 0.37):
         again = torch.autograd.grad(loss, leaves, torch.tensor(factor), retain_graph=True)
         assert all(torch.equal(factor * x, y) for x, y in zip(first, again, strict=True))
+    last = torch.autograd.grad(call(head, leaves), leaves)
+    assert all(torch.equal(x, y) for x, y in zip(first, last, strict=True))
+    for x in first:
+        x.zero_()  # what was given away is the caller's
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(x, y) for x, y in zip(last, again, strict=True))
+    first = last
     half = torch.autograd.grad(0.5 * call(head, leaves) + 0.25 * call(head, leaves), leaves)
     assert all(torch.equal(0.75 * x, y) for x, y in zip(first, half, strict=True))
     with pytest.raises(RuntimeError, match="expected a first-order backward, got create_graph=True"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import device_of
-from head import head_case
+from head_cases import head_case
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, reference
 from pmpo_kernels.autograd import TrajectoryInputs

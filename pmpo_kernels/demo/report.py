@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pmpo_kernels.demo.compare import Row
 from pmpo_kernels.demo.figure import Trajectories
+from pmpo_kernels.demo.head import HeadRow
 from pmpo_kernels.demo.rollouts import Policy
 
 
@@ -105,6 +106,6 @@ def write_summary(path: Path, settings: dict[str, Any], metrics: dict[str, float
     path.write_text(json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2, ensure_ascii=False) + "\n")
 
 
-def comparison_records(rows: list[Row]) -> list[dict[str, Any]]:
+def comparison_records(rows: list[Row] | list[HeadRow]) -> list[dict[str, Any]]:
     """The comparison for the summary."""
     return [{**asdict(row), "agrees": row.ok} for row in rows]

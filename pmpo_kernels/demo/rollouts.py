@@ -75,6 +75,18 @@ class Policy:
             ).logits
         return logits
 
+    def hidden_states(self, rollouts: Rollouts) -> Tensor:
+        """(B, T + 1, H): what the LM head makes these logits of."""
+        position_ids = (rollouts.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        with self.autocast():
+            hidden: Tensor = self.model.model(
+                input_ids=rollouts.input_ids,
+                attention_mask=rollouts.attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden[:, -rollouts.token_ids.shape[1] - 1 :]
+
     def text(self, token_ids: Tensor, mask: Tensor) -> str:
         """One completion as text."""
         return str(self.tokenizer.decode(token_ids[mask], skip_special_tokens=True))

@@ -16,6 +16,7 @@ from pmpo_kernels.demo import report
 from pmpo_kernels.demo.compare import Row, compare, gradient_changes, in_between, usable
 from pmpo_kernels.demo.cost import MEMORY_METHOD
 from pmpo_kernels.demo.figure import Trajectories, draw
+from pmpo_kernels.demo.head import RUNS, HeadRow, compare_heads, head_table
 from pmpo_kernels.demo.model import load_model
 from pmpo_kernels.demo.rollouts import Policy, Rollouts, sample, score, update
 
@@ -36,7 +37,7 @@ class Settings:
 def run(settings: Settings, out: Path, console: Console, advance: Callable[[str, int], None]) -> bool:
     """Everything; `advance(what, steps in all)` is called before each step. Returns whether all agree with float64."""
     device = torch.device(settings.device)
-    total = 7 + len(usable(device)) + 1
+    total = 7 + len(usable(device)) + 1 + len(RUNS)
 
     def step(what: str) -> None:
         advance(what, total)
@@ -57,6 +58,9 @@ def run(settings: Settings, out: Path, console: Console, advance: Callable[[str,
     console.print(report.comparison_table(rows, method))
     console.print(f"Logits: {tuple(logits.shape)} {settings.dtype}, {logits.nbytes / 2**20:.0f} MiB.")
     changes = gradient_changes(logits, second, (1.0, 0.0))
+    del logits
+    heads = compare_heads(policy, second, step)
+    console.print(head_table(heads, method))
 
     step("drawing")
     out.mkdir(parents=True, exist_ok=True)
@@ -69,11 +73,12 @@ def run(settings: Settings, out: Path, console: Console, advance: Callable[[str,
         update={"gradient_norm": norm, **old_metrics},
         trajectories=records,
         comparison=report.comparison_records(rows),
+        fused_head=report.comparison_records(heads),
         gradient_change_at_fixed_p=changes,
         memory_method=method,
     )
     console.print(f"Written: {out / 'demo.png'}, {out / 'summary.json'}", soft_wrap=True)
-    return verdict(rows, changes, output.power, console)
+    return verdict(rows, heads, changes, output.power, console)
 
 
 def off_policy(
@@ -110,7 +115,9 @@ def title(settings: Settings, second: Rollouts) -> str:
     )
 
 
-def verdict(rows: list[Row], changes: dict[float, float], power: Tensor, console: Console) -> bool:
+def verdict(
+    rows: list[Row], heads: list[HeadRow], changes: dict[float, float], power: Tensor, console: Console
+) -> bool:
     """Print what was found; whether there is a result and every row agrees."""
     inside = int(((power > 0) & (power < 1)).sum())
     console.print(f"p lies strictly between 0 and 1 for {inside} of {power.numel()} trajectories.")
@@ -118,11 +125,15 @@ def verdict(rows: list[Row], changes: dict[float, float], power: Tensor, console
         console.print(f"With p = {p:g} for all, the gradient moves by {100 * change:.2g} % of its norm.")
     worst = max(max(row.loss_error, row.worst_part, row.power_residual) for row in rows)
     bound = min(row.tolerance for row in rows)
-    agrees = bool(rows) and all(row.ok for row in rows) and math.isfinite(worst)
+    agrees = bool(rows) and all(row.ok for row in rows) and all(row.ok for row in heads) and math.isfinite(worst)
     found = "[bold green]Agreement[/bold green]" if agrees else "[bold red]NO AGREEMENT[/bold red]"
     console.print(
         f"{found} with float64: largest error {worst:.1e}, tolerance {bound:.1e} = (2 + 5 p) delta + 16 u, u the "
         "float32 unit roundoff, delta the error of logp from the largest |logit|, log V and the sum over V, p at "
         "most 1; twice the logits' own rounding is added for 16-bit logits (pmpo_kernels.verification.tolerance)."
+    )
+    console.print(
+        f"From hidden states: largest error {max(row.error for row in heads):.1e}, bound {heads[-1].bound:.1e} = eager's error, "
+        "of the same product with the head, and the tolerance of what comes after it."
     )
     return agrees
