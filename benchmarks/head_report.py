@@ -65,6 +65,14 @@ class HeadReport:
         names = [name for name in self.timed if self.variants[name].group == FLOOR]
         return min(names, key=lambda name: self.timed[name].both.median, default=None)
 
+    @property
+    def over_products(self) -> float | None:
+        """Time of `linear_pmpo_loss` over that of the products in the same rounds: comparable between cases, even if the
+        machine was slower in one of them."""
+        if self.floor is None or OURS not in self.timed:
+            return None
+        return self.timed[OURS].both.median / self.timed[self.floor].both.median
+
     def ratios(self, full: HeadReport | None) -> list[Ratio]:
         """Of this case's `linear_pmpo_loss`; `full` is the same case with every token in it."""
         if OURS not in self.timed:
@@ -76,8 +84,8 @@ class HeadReport:
             found.append(Ratio(name, value, target, at_least))
 
         whole = full is None or full is self
-        if self.floor and whole:
-            add(f"time over {self.floor}", mine / self.timed[self.floor].both.median, 1.15 if cuda else None)
+        if self.over_products is not None:
+            add(f"time over {self.floor}", self.over_products, 1.15 if cuda and whole else None)
         if EAGER.name in self.timed:
             add("time over eager PyTorch", mine / self.timed[EAGER.name].both.median, None if cuda else 1.0)
         for name, target in ((LIGER, 2.0 if cuda else None), (TRL, None)):
@@ -86,9 +94,9 @@ class HeadReport:
         if LIGER in self.timed:
             work = self.timed[LIGER].both.median * self.tokens / (self.case.batch * self.case.tokens)
             add(f"{LIGER} over ours, time a token in the products (it has padding among them)", work / mine, None, True)
-        if full is not None and not whole and OURS in full.timed:
+        if not whole and full is not None and full.over_products is not None and self.over_products is not None:
             target = 0.6 if self.case.zero_advantage >= 0.5 else None
-            add("time over the full case", mine / full.timed[OURS].both.median, target)
+            add("time over the full case", self.over_products / full.over_products, target)
         peak = self.rows[OURS].peak_bytes
         if peak is not None:
             least = self.chunk * self.case.row_bytes + self.case.gradient_bytes

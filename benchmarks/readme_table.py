@@ -159,7 +159,11 @@ def heads(files: dict[Path, Content]) -> list[str]:
 
 def readme_head() -> str:
     """Everything between the README's two markers of the LM head."""
-    files = load("head-*.json")
+    keys = ("preset", "zero_advantage", "clipped")  # the full case first
+    found = load("head-*.json")
+    files = {
+        path: found[path] for path in sorted(found, key=lambda p: (p.parent, *(found[p]["case"][k] for k in keys)))
+    }
     folders = dict.fromkeys(path.parent for path in files)
     parts = ["\n".join(heads({p: c for p, c in files.items() if p.parent == folder})) for folder in folders]
     return "\n\n".join([HEAD_START, *(parts or ["Not measured yet: `python benchmarks/head.py`."]), HEAD_END])

@@ -85,19 +85,21 @@ def build_head_inputs(case: HeadCase) -> HeadInputs:
 
 
 def language_hidden(N: int, weight: Tensor, random: dict[str, Any]) -> Tensor:
-    """(N, H) in the dtype of weight, of rows with norm near 1: 4 random rows of it, raised to compete with all others
-    together (log V + spread^2 / 2 + 1.5 - 1.5 log k), and noise that gives the other logits their spread.
+    """(N, H) in the dtype of weight: noise that gives the logits their spread, and as much of 4 random rows of weight as
+    raises their logits to compete with all others together (log V + spread^2 / 2 + 1 - 1.5 log k).
 
     The spread of a language model's logits, as in `language_logits`; the 4 rows are likely, and one of them mostly is sampled.
     """
     V, H = weight.shape
     rank = torch.arange(1, PEAKS + 1, device=weight.device)
-    raised = math.log(V) + SPREAD**2 / 2 + 1.5 - 1.5 * rank.log()
+    raised = math.log(V) + SPREAD**2 / 2 + 1 - 1.5 * rank.log()
     noise = math.sqrt(max(0.0, SPREAD**2 - float((raised**2).sum()) / H))
     hidden = torch.randn(N, H, **random) * noise
     peaks = torch.randint(0, V, (N, PEAKS), **random)
     for k in range(PEAKS):
-        hidden += raised[k] * weight[peaks[:, k]].float()
+        row = weight[peaks[:, k]].float()
+        missing = raised[k] - (hidden * row).sum(1)
+        hidden += (missing / row.square().sum(1))[:, None] * row
     return hidden.to(weight.dtype)
 
 
