@@ -11,7 +11,11 @@ from torch import Tensor
 from pmpo_kernels.reference import compute_dtype
 
 ROW_MULTIPLE = 64  # elements: the buffer's rows begin at multiples of 128 bytes, whatever V is
-BLOCK_BYTES = 2**26  # of temporaries that are made block by block
+BLOCK_BYTES = {
+    "cpu": 2**22,
+    "cuda": 2**26,
+}  # of temporaries: what a CPU's cache holds, what a GPU's launch is nothing against
+PRODUCT_BYTES = 2**26  # of a product that is rounded before it is added
 
 
 class Head(NamedTuple):
@@ -104,7 +108,8 @@ class Projection:
         return product.to(compute_dtype(self.head.dtype), copy=True).mul_(self.slope).tanh_()
 
     def _blocks(self, rows: int) -> list[slice]:
-        size = max(1, BLOCK_BYTES // (self.z.stride(0) * compute_dtype(self.head.dtype).itemsize))
+        size = BLOCK_BYTES.get(self.z.device.type, 2**26)
+        size = max(1, size // (self.z.stride(0) * compute_dtype(self.head.dtype).itemsize))
         return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
     def move(self, target: Tensor, source: Tensor) -> None:
@@ -141,7 +146,7 @@ class Projection:
         elif scale is None and adds_to_float32(g.device, g.dtype):
             add_product(total, g, h)
         else:
-            size = max(1, BLOCK_BYTES // (h.shape[1] * total.element_size()))
+            size = max(1, PRODUCT_BYTES // (h.shape[1] * total.element_size()))
             for start in range(0, len(total), size):
                 block = torch.mm(g[start : start + size], h)
                 total[start : start + size] += block if scale is None else block.to(total.dtype) / scale
