@@ -14,7 +14,7 @@ from pmpo_kernels.autograd import TokenLogpFunction, TrajectoryFunction, Traject
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.linear import LinearLossFunction
-from pmpo_kernels.projection import Head
+from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.reference import STATS, compute_dtype
 
 
@@ -56,7 +56,7 @@ def token_logp(
     Args and errors as in `pmpo_loss`. Saves nothing of the logits' size but the logits themselves.
     """
     checks.check_logits(logits, token_ids)
-    temperature = checks.check_temperature(temperature)
+    temperature = checks.check_factor("temperature", temperature)
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
     if inplace:
@@ -270,9 +270,12 @@ def linear_pmpo_loss(
     if max_chunk_tokens is not None:
         checks.check_count("max_chunk_tokens", max_chunk_tokens)
     if logit_softcap is not None:
-        logit_softcap = checks.check_temperature(logit_softcap, "logit_softcap")
-    logit_scale = checks.check_temperature(logit_scale, "logit_scale")
-    checks.check_temperature(config.temperature / logit_scale, "config.temperature / logit_scale")
+        logit_softcap = checks.check_factor("logit_softcap", logit_softcap)
+    logit_scale = checks.check_factor("logit_scale", logit_scale)
+    if logit_softcap is None:
+        checks.check_factor("config.temperature / logit_scale", config.temperature / logit_scale)
+    else:
+        checks.check_factor("logit_scale / logit_softcap", logit_scale / logit_softcap)
     inputs, D = trajectory_inputs(
         "token_ids",
         token_ids,
@@ -290,7 +293,7 @@ def linear_pmpo_loss(
     )
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     skips = skip_zero_advantage and not config.beta and not config.entropy_coef
-    head = Head(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
+    head = HeadOptions(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
     loss, stats, D, logp, entropy = LinearLossFunction.apply(hidden, weight, bias, token_ids, inputs, D, config, head)
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     if not skips:

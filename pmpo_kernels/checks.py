@@ -82,6 +82,8 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
         shape[1] -= 1
     check_tensor("hidden", hidden, dtypes=FLOATS, device=device, shape=hidden.shape)
     check_tensor("token_ids", token_ids, dtypes=INTEGERS, device=device, shape=shape)
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected H at least 1, got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), V at least 1, got {tuple(weight.shape)}")
     autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -112,17 +114,17 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_count(name: str, value: object) -> None:
-    """`value` is an int > 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an int > 0, got {value!r}")
+    """`value` is an int > 0, of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+        raise ValueError(f"{name}: expected an int > 0 and below 2^63, got {value!r}")
 
 
-def check_temperature(value: object, name: str = "temperature") -> float:
-    """`value` as a float, if it is a temperature, or another factor, that float32 can divide by."""
-    temperature = check_number(name, value)
-    if not representable(temperature):
+def check_factor(name: str, value: object) -> float:
+    """`value` as a float, if it is a number > 0, such as a temperature, that float32 can multiply and divide by."""
+    factor = check_number(name, value)
+    if not representable(factor):
         raise ValueError(f"{name}: expected {TEMPERATURE_RANGE}, got {value!r}")
-    return temperature
+    return factor
 
 
 def checks_values(tensor: Tensor) -> bool:

@@ -11,15 +11,14 @@ from torch import Tensor
 from pmpo_kernels.reference import compute_dtype
 
 ROW_MULTIPLE = 64  # elements: the buffer's rows begin at multiples of 128 bytes, whatever V is
-BLOCK_BYTES = {
-    "cpu": 2**22,
-    "cuda": 2**26,
-}  # of temporaries: what a CPU's cache holds, what a GPU's launch is nothing against
+BLOCK_BYTES = {"cpu": 2**22}
+"""Of temporaries that are made block by block: on a CPU what its caches hold, elsewhere 2^26, beside which a launch is nothing."""
 PRODUCT_BYTES = 2**26  # of a product that is rounded before it is added
 
 
-class Head(NamedTuple):
-    """How hidden states become logits: c tanh(s (W h + b) / c) with scale s and softcap c, or s (W h + b) without one."""
+class HeadOptions(NamedTuple):
+    """How hidden states become logits, c tanh(s (W h + b) / c) with scale s and softcap c or s (W h + b) without one, and what is
+    to be done with which of them."""
 
     logit_scale: float
     logit_softcap: float | None
@@ -30,13 +29,13 @@ class Head(NamedTuple):
     skip_zero_advantage: bool
 
 
-def row_bytes(vocabulary: int, head: Head) -> int:
+def row_bytes(vocabulary: int, head: HeadOptions) -> int:
     """Bytes of a token in the buffers: the product, and with a softcap the logits beside it."""
     stride = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
     return stride * head.dtype.itemsize * (1 if head.logit_softcap is None else 2)
 
 
-def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> list[Tensor]:
+def zero_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions) -> list[Tensor]:
     """Zeros for the gradients of hidden, weight and bias; empty where none is wanted. Those of weight and bias are at least
     float32, in which chunks are added up; that of float16 hidden states too, because it is scaled last."""
     summed = compute_dtype(head.dtype)
@@ -72,17 +71,16 @@ class Projection:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens_a_row: int, size: int
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions, tokens_a_row: int, size: int
     ) -> None:
         self.hidden, self.head, self.T = hidden, head, max(tokens_a_row, 1)
         self.weight = weight.to(head.dtype)
         self.bias = None if bias is None else bias.to(head.dtype)
-        V, cap = weight.shape[0], head.logit_softcap
-        self.product = self._buffer(size, V)
-        self.z = self.product if cap is None else self._buffer(size, V)
-        self.temperature = head.temperature / head.logit_scale if cap is None else head.temperature
-        self.slope = head.logit_scale if cap is None else head.logit_scale / cap  # inside the tanh
-        self.dhidden, self.dweight, self.dbias = self.gradients = sums(hidden, weight, bias, head)
+        self.cap = head.logit_softcap
+        self.product = self._buffer(size, len(weight))
+        self.z = self.product if self.cap is None else self._buffer(size, len(weight))
+        self.temperature = head.temperature / head.logit_scale if self.cap is None else head.temperature
+        self.dhidden, self.dweight, self.dbias = self.gradients = zero_gradients(hidden, weight, bias, head)
 
     def _buffer(self, size: int, V: int) -> Tensor:
         stride = -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -94,18 +92,18 @@ class Projection:
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden states (M, H) in the products' dtype, logits z (M, V) in the buffer) of the tokens at flat positions `rows`."""
         h = self.hidden[self._at(rows)].to(self.head.dtype)
-        product, z = self.product[: len(rows)], self.z[: len(rows)]
+        product = self.product[: len(rows)]
         if self.bias is None:
             torch.mm(h, self.weight.t(), out=product)
         else:
             torch.addmm(self.bias, h, self.weight.t(), out=product)
-        if z is not product and self.head.logit_softcap is not None:
+        if self.cap is not None:
             for block in self._blocks(len(rows)):
-                z[block] = self._tanh(product[block]).mul_(self.head.logit_softcap)
-        return h, z
+                self.z[block] = self._tanh(product[block], self.cap).mul_(self.cap)
+        return h, self.z[: len(rows)]
 
-    def _tanh(self, product: Tensor) -> Tensor:
-        return product.to(compute_dtype(self.head.dtype), copy=True).mul_(self.slope).tanh_()
+    def _tanh(self, product: Tensor, cap: float) -> Tensor:
+        return product.to(compute_dtype(self.head.dtype), copy=True).mul_(self.head.logit_scale / cap).tanh_()
 
     def _blocks(self, rows: int) -> list[slice]:
         size = BLOCK_BYTES.get(self.z.device.type, 2**26)
@@ -114,9 +112,22 @@ class Projection:
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """Copy rows `source` of the buffers to rows `target`, none of which is among them."""
-        for buffer in (self.product, self.z) if self.z is not self.product else (self.z,):
+        for buffer in (self.z,) if self.cap is None else (self.z, self.product):
             for block in self._blocks(len(source)):
                 buffer[target[block]] = buffer[source[block]]
+
+    def float16_scale(self, coefficients: Tensor, h: Tensor) -> Tensor:
+        """The power of two (), float64, that a gradient of float16 logits is multiplied by, lest it underflow or a product
+        overflow.
+
+        The absolute values of a row add up to at most twice its coefficient (M,), over T and times s. The largest entry
+        becomes 1 at most; what a product adds up 2^15 at most: over the tokens with the largest |h|, over the vocabulary with
+        the largest |weight|.
+        """
+        steepest = max(1.0, 1.0 if self.cap is None else self.head.logit_scale) / self.temperature
+        most, total = (steepest * x for x in (coefficients.double().amax(), coefficients.double().sum()))
+        sizes = [most, 2**-15 * total * h.abs().amax(), 2**-14 * most * self.weight.abs().amax()]
+        return torch.exp2(-torch.stack(sizes).amax().log2().ceil().clamp(-120, 120))
 
     def back(self, rows: Tensor, h: Tensor, scale: Tensor | None) -> None:
         """Add the products of the gradient that stands in the first rows of `z`, of tokens `rows` with hidden states `h`.
@@ -124,9 +135,9 @@ class Projection:
         `scale` is what that gradient was multiplied by, None for 1.
         """
         g = self.z[: len(rows)]
-        if self.z is not self.product:
-            for block in self._blocks(len(rows)):  # of c tanh(s x / c): s (1 - tanh^2)
-                tanh = self._tanh(self.product[block])
+        if self.cap is not None:
+            for block in self._blocks(len(rows)):  # the slope of c tanh(s x / c): s (1 - tanh^2)
+                tanh = self._tanh(self.product[block], self.cap)
                 g[block] = tanh.square_().neg_().add_(1).mul_(self.head.logit_scale).mul_(g[block])
         if self.head.gradients[0]:
             dh = torch.mm(g, self.weight).to(self.dhidden.dtype)

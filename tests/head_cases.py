@@ -72,10 +72,10 @@ class Materialised(NamedTuple):
     terms: list[Tensor]
 
 
-def materialised(head: HeadCase, config: LossConfig, impl: str | None) -> Materialised:
+def materialised(head: HeadCase, config: LossConfig, impl: str | None, **options: Tensor) -> Materialised:
     """Everything that `linear_pmpo_loss` must give, at `loss_scale`."""
     dtype = head.hidden.dtype
-    out, dlogits = run(head.case, config, impl, scale=loss_scale(dtype))
+    out, dlogits = run(head.case, config, impl, scale=loss_scale(dtype), **options)
     g = dlogits.double()
     terms = products(g.abs(), head.hidden.abs(), head.weight.abs())
     if dtype == torch.float16:  # entries below its smallest number, 2^-24 of the largest coefficient
@@ -104,3 +104,16 @@ def product_error(found: list[Tensor | None], want: Materialised, dtype: torch.d
         share = torch.where(error == 0, 0, error / bound)  # infinite where there is nothing to add up
         worst = max(worst, float(share.nan_to_num(torch.inf).max()))
     return worst
+
+
+CLIPPING = LossConfig.grpo()
+
+
+def call(head: HeadCase, leaves: list[Tensor], config: LossConfig = CLIPPING, **kwargs: object) -> Tensor:
+    c = head.case
+    given = (c.token_ids, c.old_logp, c.advantages)
+    return linear_pmpo_loss(*leaves, *given, **{"bias": head.bias, "mask": c.mask, "config": config} | kwargs).loss
+
+
+def leaves_of(head: HeadCase, *trained: bool) -> list[Tensor]:
+    return [x.clone().requires_grad_(t) for x, t in zip((head.hidden, head.weight), trained, strict=True)]

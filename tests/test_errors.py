@@ -123,8 +123,11 @@ BAD_HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logit_softcap": float("inf")}, ValueError, "logit_softcap: expected a finite number > 0, got inf"),
     ({"logit_softcap": 1e-39}, ValueError, "logit_softcap: expected a number from 1e-30 to 1e30, got 1e-39"),
     ({"logit_scale": 1e-20, "config": LossConfig.grpo(temperature=1e20)}, ValueError, "config.temperature / logit_scale: expected a number from 1e-30 to 1e30, got 1e"),
-    ({"max_chunk_tokens": 0}, ValueError, "max_chunk_tokens: expected an int > 0, got 0"),
-    ({"max_chunk_tokens": 8.0}, ValueError, "max_chunk_tokens: expected an int > 0, got 8.0"),
+    ({"max_chunk_tokens": 0}, ValueError, r"max_chunk_tokens: expected an int > 0 and below 2\^63, got 0"),
+    ({"max_chunk_tokens": 8.0}, ValueError, "max_chunk_tokens: expected an int > 0 and .*, got 8.0"),
+    ({"max_chunk_tokens": 2**63}, ValueError, "max_chunk_tokens: expected an int > 0 and .*, got 9223372036854775808"),
+    ({"logit_scale": 1e-20, "logit_softcap": 1e20}, ValueError, "logit_scale / logit_softcap: expected a number from 1e-30 to 1e30, got 1e-40"),
+    ({"hidden": torch.zeros(B, T, 0), "weight": torch.zeros(V, 0)}, ValueError, r"hidden: expected H at least 1, got shape \(2, 3, 0\)"),
     ({"skip_zero_advantage": None}, TypeError, "skip_zero_advantage: expected a bool, got NoneType"),
     ({"inplace": True}, TypeError, "unexpected keyword argument 'inplace'"),
 ]  # fmt: skip

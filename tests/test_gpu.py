@@ -11,7 +11,7 @@ from head_cases import head_case, run_head
 from helpers import same_bits
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, token_logp
-from pmpo_kernels.linear import pack
+from pmpo_kernels.chunks import pack
 from pmpo_kernels.projection import add_product, adds_to_float32
 from pmpo_kernels.verification import Case, make_case
 

@@ -54,6 +54,24 @@ def test_triton_equals_pmpo_loss(name: str, chunk: int, dtype: torch.dtype) -> N
     check(head_case(dtype, device_of("triton")), CONFIGURATIONS[name], "triton", max_chunk_tokens=chunk, **ALL)
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_what_is_given_for_each_trajectory(chunk: int | None, impl: str, device: str) -> None:
+    """target_ess and power reach their own trajectories, whatever chunk they are in; ids and mask of other dtypes."""
+    head = head_case(torch.float64, device)
+    c, B = head.case, len(head.case.advantages)
+    ess = c.mask.sum(1) * torch.linspace(0.9, 1, B, device=device).double()
+    for config, options in (
+        (LossConfig.pmpo(), {"target_ess": ess}),
+        (LossConfig.holder_token(0.0), {"power": torch.linspace(-2, 2, B, device=device).double()}),
+    ):
+        want = materialised(head, config, impl, **options)
+        integers = {"mask": 3 * c.mask.int(), **options}
+        small = head._replace(case=c._replace(token_ids=c.token_ids.int()))
+        out, found = run_head(small, config, impl, max_chunk_tokens=chunk, **ALL, **integers)
+        assert product_error(found, want, torch.float64) <= 1
+        same_bits(out, want.out)
+
+
 def test_rejects_wrong_gradients() -> None:
     """The bound of the tests above is narrow enough to see what a fused head can get wrong."""
     head, config = head_case(torch.bfloat16), LossConfig.pmpo(full_clip_fraction=0.5)

@@ -10,7 +10,7 @@ from head_cases import head_case
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, reference
 from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS, stage
-from pmpo_kernels.projection import Head
+from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.verification import make_case
 
 
@@ -50,7 +50,7 @@ def test_opcheck_linear_loss(trained: tuple[bool, ...], max_chunk_tokens: int | 
     inputs = TrajectoryInputs(flat[0], c.advantages, flat[1], offsets, *flat[2:], None, None, options, "cpp")
     *constants, _, impl = inputs
     arguments = (*head[:3], c.token_ids, *constants, list(options), impl, torch.tensor(6.0).double())
-    settings = Head(0.9, 3.0, 0.8, torch.bfloat16, list(trained), max_chunk_tokens, False)
+    settings = HeadOptions(0.9, 3.0, 0.8, torch.bfloat16, list(trained), max_chunk_tokens, False)
     torch.library.opcheck(torch.ops.pmpo_kernels.linear_loss.default, (*arguments, *settings))
 
 
