@@ -101,7 +101,9 @@ def trajectory_share(repeats: int) -> dict[str, Any]:
         power.append(float(out.power))
 
     functions: Functions = {
-        "trajectory": lambda: stage("trajectory", "cpp")(*args, None, None, entropy.flatten(), None, None, options),
+        "trajectory": lambda: stage("trajectory", "cpp")(
+            *args, None, None, entropy.flatten(), None, None, None, options
+        ),
         "step": step,
     }
     times = median_times(functions, repeats, lambda: logits.detach().copy_(i.logits))

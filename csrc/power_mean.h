@@ -19,10 +19,15 @@ struct Clipped {
   bool below, above;
 };
 
-// The pessimistic one-sided clip, on a token's d or a trajectory's log M_p.
-inline Clipped clip_log_ratio(double d, double advantage, double low, double high, double dual) {
-  const double floor = advantage < 0 ? -low : -INF;
-  const double ceiling = advantage > 0 ? high : advantage < 0 ? dual : INF;
+// A > 0: from -under, infinite unless the clip is two-sided, to high. A < 0: from -low to dual, which is high where it is.
+struct Bounds {
+  double low, high, dual, under;
+};
+
+// The pessimistic clip, on a token's d or a trajectory's log M_p.
+inline Clipped clip_log_ratio(double d, double advantage, const Bounds& b) {
+  const double floor = advantage < 0 ? -b.low : advantage > 0 ? -b.under : -INF;
+  const double ceiling = advantage > 0 ? b.high : advantage < 0 ? b.dual : INF;
   const bool below = d < floor, above = d > ceiling;
   return {above ? ceiling : below ? floor : d, below, above};
 }
@@ -32,7 +37,7 @@ struct LogWeights {
   const double* x;
   int64_t alive;
   double mean, x_min, x_max;
-  double tokens;  // response tokens n, alive or not
+  double tokens;  // of the policy term, alive or not
   bool has_zero;  // some a_t = 0
 };
 

@@ -14,8 +14,9 @@ namespace {
 
 // `TrajectoryOptions` of config.py, in its order.
 struct Options {
-  double rule, power, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor, token_low, token_high,
-      token_dual, sequence_low, sequence_high, sequence_dual, by_length, length_norm, beta, kl_order, entropy_coef;
+  double rule, power, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor;
+  Bounds token, sequence;
+  double by_length, length_norm, beta, kl_order, kl_slope_order, kl_weighted, entropy_coef;
 
   explicit Options(const std::vector<double>& values) {
     expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of TrajectoryOptions");
@@ -33,38 +34,40 @@ enum Stat {
 // Token arrays (N,), nullptr where not given; the rest is one trajectory's.
 struct Inputs {
   const double *logp, *old_logp;
-  const bool* mask;
+  const bool *mask, *policy_mask;
   const double *ref_logp, *rollout_weights, *entropy;
   double advantage, power, target_ess;
   bool has_power;
 };
 
 struct Token {
-  bool valid;
+  bool valid, counts;  // a response token; one of the policy term
   double d, l;  // log-ratio, log weight
   bool below, above;
 };
 
 Token token(const Inputs& in, const Options& o, int64_t t) {
-  if (in.mask && !in.mask[t]) return {false, 0, 0, false, false};
+  if (in.mask && !in.mask[t]) return {false, false, 0, 0, false, false};
   const double logp = in.logp[t];
   // on-policy every ratio is 1, also where logp is -inf
   const double d = in.old_logp ? logp - in.old_logp[t] : logp == -INF ? 0 : logp - logp;
-  const Clipped c = clip_log_ratio(d, in.advantage, o.token_low, o.token_high, o.token_dual);
+  const Clipped c = clip_log_ratio(d, in.advantage, o.token);
   const double log_v = in.rollout_weights ? std::log(in.rollout_weights[t]) : 0;
-  return {true, d, c.d + log_v, c.below, c.above};
+  return {true, !in.policy_mask || in.policy_mask[t], d, c.d + log_v, c.below, c.above};
 }
 
 struct Penalty {
   double value, slope;
 };
 
-// Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp.
-Penalty kl_penalty(double r, double order) {
-  if (order == 1) return {-r, 1};
-  if (order == 2) return {r * r / 2, -r};
+// Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp, perhaps that of another;
+// with kl_weighted times exp(d), which depends on logp too.
+Penalty kl_penalty(double r, double d, const Options& o) {
   const double e = std::expm1(r);
-  return {e - r, -e};
+  const double value = o.kl_order == 1 ? -r : o.kl_order == 2 ? r * r / 2 : e - r;
+  const double slope = o.kl_slope_order == 1 ? 1 : o.kl_slope_order == 2 ? -r : -e;
+  if (o.kl_weighted == 0) return {value, slope};
+  return {std::exp(d) * value, std::exp(d) * (slope + value)};
 }
 
 // log(n / ESS*) of the rule, from the number of clipped tokens.
@@ -83,24 +86,26 @@ void compute(
     double* dlogp, double* dentropy) {
   const double A = in.advantage;
   double s[NUM_STATS] = {};
-  int64_t tokens = 0, count = 0;
+  int64_t tokens = 0, counted = 0, count = 0;
   for (int64_t t = start; t < stop; ++t) {
     const Token token_t = token(in, o, t);
     if (!token_t.valid) continue;
     ++tokens;
-    if (token_t.l != -INF) alive[count++] = token_t.l;
-    s[CLIPPED_LOW] += token_t.below;
-    s[CLIPPED_HIGH] += token_t.above;
+    if (token_t.counts) {
+      ++counted;
+      if (token_t.l != -INF) alive[count++] = token_t.l;
+      s[CLIPPED_LOW] += token_t.below;
+      s[CLIPPED_HIGH] += token_t.above;
+    }
     const double ratio = std::exp(token_t.d);
     s[RATIO_SUM] += ratio;
     if (ratio > s[RATIO_MAX] || std::isnan(ratio)) s[RATIO_MAX] = ratio;
     s[APPROX_KL] += std::expm1(token_t.d) - token_t.d;
-    if (in.ref_logp) s[KL] += kl_penalty(in.ref_logp[t] - in.logp[t], o.kl_order).value;
+    if (in.ref_logp) s[KL] += kl_penalty(in.ref_logp[t] - in.logp[t], token_t.d, o).value;
     if (in.entropy) s[ENTROPY] += in.entropy[t];
   }
-  const LogWeights l = centre(alive, count, tokens);
-  const double n = std::max(l.tokens, 1.0);
-  const bool some = tokens > 0;
+  const LogWeights l = centre(alive, count, counted);
+  const double k = std::max(l.tokens, 1.0), n = std::max(static_cast<double>(tokens), 1.0), share = l.tokens / n;
 
   double p = in.has_power ? in.power : o.power, deficit = 0;
   if (o.rule != FIXED) {
@@ -109,28 +114,28 @@ void compute(
   }
   const Moments at = moments(l, p);
   const double log_m = log_power_mean(l, p, at.log_mean);
-  const Clipped m = clip_log_ratio(log_m, A, o.sequence_low, o.sequence_high, o.sequence_dual);
-  const bool acts = some && A != 0 && log_m != -INF;
-  const double weight = some ? (o.by_length != 0 ? l.tokens : 1) / o.length_norm : 0;
+  const Clipped m = clip_log_ratio(log_m, A, o.sequence);
+  const bool acts = counted > 0 && A != 0 && log_m != -INF;
+  const double weight = tokens > 0 ? (o.by_length != 0 ? n : 1) / o.length_norm : 0;
 
   // -w A M_p W_t where nothing is clipped, M_p W_t in log space; KL and entropy are token means, weighted alike
-  const double per_token = weight / n, log_scale = log_m - at.log_mean - std::log(n);
+  const double per_token = weight / n, log_scale = log_m - at.log_mean - std::log(k);
   for (int64_t t = start; t < stop; ++t) {
     const Token token_t = token(in, o, t);
     const bool flows =
-        token_t.valid && token_t.l != -INF && !token_t.below && !token_t.above && acts && !m.below && !m.above;
-    dlogp[t] = flows ? -weight * A * std::exp(log_scale + p * (token_t.l - l.mean)) : 0;
+        token_t.valid && token_t.counts && token_t.l != -INF && !token_t.below && !token_t.above && acts && !m.below && !m.above;
+    dlogp[t] = flows ? -weight * A * share * std::exp(log_scale + p * (token_t.l - l.mean)) : 0;
     if (token_t.valid && in.ref_logp && o.beta != 0)
-      dlogp[t] += o.beta * per_token * kl_penalty(in.ref_logp[t] - in.logp[t], o.kl_order).slope;
+      dlogp[t] += o.beta * per_token * kl_penalty(in.ref_logp[t] - in.logp[t], token_t.d, o).slope;
     if (dentropy) dentropy[t] = token_t.valid ? -o.entropy_coef * per_token : 0;
   }
 
-  s[TOKENS] = l.tokens;
+  s[TOKENS] = static_cast<double>(tokens);
   s[WEIGHT] = weight;
-  s[POLICY_LOSS] = acts ? -A * std::exp(m.d) : 0;
+  s[POLICY_LOSS] = acts ? -A * share * std::exp(m.d) : 0;
   s[POWER] = p;
-  s[ESS] = some && !(l.has_zero && p <= 0) ? n * std::exp(-at.deficit) : 0;
-  s[ESS_TARGET] = o.rule == FIXED ? s[ESS] : some ? n * std::exp(-deficit) : 0;
+  s[ESS] = counted > 0 && !(l.has_zero && p <= 0) ? k * std::exp(-at.deficit) : 0;
+  s[ESS_TARGET] = o.rule == FIXED ? s[ESS] : counted > 0 ? k * std::exp(-deficit) : 0;
   if (m.below) s[CLIPPED_LOW] = l.tokens;
   if (m.above) s[CLIPPED_HIGH] = l.tokens;
   for (int k = 0; k < NUM_STATS; ++k) stats[k * B] = s[k];
@@ -140,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> trajectory(
     const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor& advantages,
     const std::optional<Tensor>& mask, const Tensor& cu_seqlens, const std::optional<Tensor>& ref_logp,
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& entropy,
-    const std::optional<Tensor>& power, const std::optional<Tensor>& target_ess, const std::vector<double>& options) {
+    const std::optional<Tensor>& power, const std::optional<Tensor>& target_ess,
+    const std::optional<Tensor>& policy_mask, const std::vector<double>& options) {
   const int64_t N = logp.numel(), B = advantages.numel();
   constexpr ScalarType Double = ScalarType::Double;
   const Options o(options);
@@ -148,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> trajectory(
   const Tensor logp64 = argument("logp", logp, Double, N), A = argument("advantages", advantages, Double, B);
   const std::optional<Tensor> old64 = argument("old_logp", old_logp, Double, N),
                               keep = argument("mask", mask, ScalarType::Bool, N),
+                              counts = argument("policy_mask", policy_mask, ScalarType::Bool, N),
                               ref64 = argument("ref_logp", ref_logp, Double, N),
                               weights64 = argument("rollout_weights", rollout_weights, Double, N),
                               entropy64 = argument("entropy", entropy, Double, N),
@@ -163,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> trajectory(
   std::vector<double> alive(static_cast<size_t>(N));
   parallel_trajectories(data<int64_t>(offsets), B, [&](int64_t i, int64_t start, int64_t stop) {
     const Inputs in{
-        data<double>(logp64), data<double>(old64), data<bool>(keep), data<double>(ref64), data<double>(weights64),
-        data<double>(entropy64), data<double>(A)[i], power64 ? data<double>(power64)[i] : 0,
+        data<double>(logp64), data<double>(old64), data<bool>(keep), data<bool>(counts), data<double>(ref64),
+        data<double>(weights64), data<double>(entropy64), data<double>(A)[i], power64 ? data<double>(power64)[i] : 0,
         target64 ? data<double>(target64)[i] : 0, power64.has_value()};
     compute(
         in, o, start, stop, alive.data() + start, mutable_data<double>(stats) + i, B, mutable_data<double>(dlogp),

@@ -83,6 +83,7 @@ def pmpo_loss(
     cu_seqlens: Tensor | None = None,
     ref_logp: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    policy_mask: Tensor | None = None,
     power: Tensor | float | None = None,
     target_ess: Tensor | None = None,
     config: LossConfig | None = None,
@@ -110,7 +111,11 @@ def pmpo_loss(
             slots, NaN included, has no effect.
         cu_seqlens: (B + 1,) int32 or int64 offsets of the trajectories of a packed batch; None for a padded one.
         ref_logp: log-probs of the reference policy; required by config.beta != 0, otherwise only the metric ref_kl.
-        rollout_weights: v_t >= 0, constant factors on the ratios (train/inference mismatch), shaped like token_ids.
+        rollout_weights: v_t >= 0, constant factors on the ratios (train/inference mismatch), shaped like token_ids, or (B,) for
+            all tokens of a trajectory alike.
+        policy_mask: bool or integer, shaped like token_ids or (B,); zero takes response tokens, such as those of low entropy, or
+            trajectories that are too far off-policy, out of the policy term. They still count in the averages, with a term of
+            0, and keep their KL and entropy terms: of k of n tokens the surrogate is A (k/n) M_p, with M_p, p and ESS of the k.
         power: p of each trajectory, (B,) or one number; replaces config.power.
         target_ess: (B,) effective sample size in tokens to solve p for; needs config.power "ess". A target out of
             reach gives the nearest end of [power_min, power_max].
@@ -142,6 +147,7 @@ def pmpo_loss(
         cu_seqlens=cu_seqlens,
         ref_logp=ref_logp,
         rollout_weights=rollout_weights,
+        policy_mask=policy_mask,
         power=power,
         target_ess=target_ess,
         config=config,
@@ -163,6 +169,7 @@ def pmpo_loss_from_logp(
     cu_seqlens: Tensor | None = None,
     ref_logp: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    policy_mask: Tensor | None = None,
     entropy: Tensor | None = None,
     power: Tensor | float | None = None,
     target_ess: Tensor | None = None,
@@ -196,6 +203,7 @@ def pmpo_loss_from_logp(
         cu_seqlens=cu_seqlens,
         ref_logp=ref_logp,
         rollout_weights=rollout_weights,
+        policy_mask=policy_mask,
         power=power,
         target_ess=target_ess,
         config=config,
@@ -227,6 +235,7 @@ def linear_pmpo_loss(
     cu_seqlens: Tensor | None = None,
     ref_logp: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    policy_mask: Tensor | None = None,
     power: Tensor | float | None = None,
     target_ess: Tensor | None = None,
     config: LossConfig | None = None,
@@ -285,6 +294,7 @@ def linear_pmpo_loss(
         cu_seqlens=cu_seqlens,
         ref_logp=ref_logp,
         rollout_weights=rollout_weights,
+        policy_mask=policy_mask,
         power=power,
         target_ess=target_ess,
         config=config,

@@ -31,6 +31,7 @@ def trajectory_inputs(
     cu_seqlens: Tensor | None,
     ref_logp: Tensor | None,
     rollout_weights: Tensor | None,
+    policy_mask: Tensor | None,
     power: Tensor | float | None,
     target_ess: Tensor | None,
     config: LossConfig,
@@ -46,6 +47,18 @@ def trajectory_inputs(
     def per_token(name: str, value: object, dtypes: tuple[torch.dtype, ...] = checks.FLOATS) -> Tensor | None:
         tensor = checks.check_constant(name, value, dtypes=dtypes, device=device, shape=shape)
         return None if tensor is None else tensor.reshape(-1)
+
+    def per_either(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
+        """One value a token, or one a trajectory for all of its tokens."""
+        if not isinstance(value, Tensor) or tuple(value.shape) != (B,) or len(shape) == 1 == B:
+            if isinstance(value, Tensor) and value.shape != shape:
+                expected = f"expected shape {tuple(shape)}, or ({B},) for all tokens of a trajectory"
+                raise ValueError(f"{name}: {expected}, got {tuple(value.shape)}")
+            return per_token(name, value, dtypes)
+        checks.check_constant(name, value, dtypes=dtypes, device=device, shape=(B,))
+        position = torch.arange(tokens.numel(), device=device)
+        owner = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+        return value[owner.clamp(max=B - 1)]
 
     def per_trajectory(name: str, value: object) -> Tensor | None:
         return checks.check_constant(name, value, dtypes=checks.FLOATS, device=device, shape=(B,))
@@ -81,7 +94,7 @@ def trajectory_inputs(
         )
     checked = {
         "mask": as_bool(per_token("mask", mask, checks.MASKS)),
-        "rollout_weights": per_token("rollout_weights", rollout_weights),
+        "rollout_weights": per_either("rollout_weights", rollout_weights, checks.FLOATS),
         "power": per_trajectory("power", power),
         "target_ess": per_trajectory("target_ess", target_ess),
     }
@@ -95,6 +108,7 @@ def trajectory_inputs(
         checked["rollout_weights"],
         checked["power"],
         checked["target_ess"],
+        as_bool(per_either("policy_mask", policy_mask, checks.MASKS)),
         config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None),
         resolve_impl(impl, device),
     )

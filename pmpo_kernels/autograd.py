@@ -79,6 +79,7 @@ class TrajectoryInputs(NamedTuple):
     rollout_weights: Tensor | None
     power: Tensor | None
     target_ess: Tensor | None
+    policy_mask: Tensor | None
     options: TrajectoryOptions
     impl: str
 
@@ -108,6 +109,7 @@ class TrajectoryFunction(torch.autograd.Function):
             entropy,
             i.power,
             i.target_ess,
+            i.policy_mask,
             list(i.options),
         )
         tokens = stats[STATS.index("tokens")]

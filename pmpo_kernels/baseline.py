@@ -89,11 +89,13 @@ def _solve(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, con
     B, T = logp.shape
     options = config.trajectory_options(has_power=False, has_target_ess=False)
     flat = (logp.flatten(), old_logp.flatten(), advantages, mask.flatten(), torch.arange(B + 1, device=logp.device) * T)
-    return trajectory(*flat, None, None, None, None, None, options)[2][STATS.index("power")]
+    return trajectory(*flat, None, None, None, None, None, None, options)[2][STATS.index("power")]
 
 
 def _clip(d: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
-    """The one-sided clip by the advantage's sign, and the dual clip."""
+    """The clip by the advantage's sign, one- or two-sided, and the dual clip."""
+    if config.clip_sides == "two":
+        return torch.where(advantage == 0, d, d.clamp(-config.clip_low, config.clip_high))
     ceiling = math.inf if config.dual_clip is None else math.log(config.dual_clip)
     negative = d.clamp(min=-config.clip_low, max=ceiling)
     return torch.where(advantage > 0, d.clamp(max=config.clip_high), torch.where(advantage < 0, negative, d))

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 ClipMode = Literal["token", "sequence", "none"]
 EssRule = Literal["relative", "absolute"]
+ClipSides = Literal["one", "two"]
 KLEstimator = Literal["k1", "k2", "k3"]
 LossAggMode = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
 
@@ -28,13 +29,17 @@ class TrajectoryOptions(NamedTuple):
     token_low: float
     token_high: float
     token_dual: float
+    token_under: float
     sequence_low: float
     sequence_high: float
     sequence_dual: float
+    sequence_under: float
     by_length: float
     length_norm: float
     beta: float
     kl_order: float
+    kl_slope_order: float
+    kl_weighted: float
     entropy_coef: float
 
 
@@ -63,6 +68,8 @@ class LossConfig:
         clip: "token" clips each log-ratio, "sequence" clips log M_p, "none" clips nothing. One-sided by the sign of
             the advantage, as in PPO (arXiv 1707.06347, eq. 7).
         clip_low, clip_high: positive bounds in log space: d >= -clip_low for A < 0, d <= clip_high for A > 0.
+        clip_sides: "one": as above; "two": both bounds whatever the sign of the advantage, so that a ratio outside them has no
+            gradient even where that would bring it back.
         dual_clip: ratio > 1 that bounds the ratio from above for A < 0 (arXiv 1912.09729, eq. 5); None for no bound.
         loss_agg_mode: weight of a trajectory; "seq-mean-token-mean": 1/D, D non-empty trajectories (GRPO);
             "token-mean": n/D, D tokens (DAPO); "seq-mean-token-sum-norm": n/(max_length D), D non-empty trajectories
@@ -70,6 +77,10 @@ class LossConfig:
         max_length: tokens, required by (and only read by) "seq-mean-token-sum-norm".
         beta: weight of the KL penalty to the reference policy.
         kl_estimator: with r = ref_logp - logp: "k1" = -r, "k2" = r^2/2, "k3" = exp(r) - r - 1.
+        kl_straight_through: the value of kl_estimator with the gradient of k2, which on samples of the policy is that of the KL in
+            expectation (verl's "k1+", "k3+").
+        kl_bias_correction: each token's penalty times its unclipped ratio exp(d), through which gradient flows too: samples of
+            the old policy then estimate the KL of the current one (DeepSeek-V3.2, arXiv 2512.02556).
         entropy_coef: weight of the entropy bonus.
         temperature: the logits are divided by it before the softmax.
 
@@ -87,11 +98,14 @@ class LossConfig:
     clip: ClipMode = "token"
     clip_low: float = 0.4
     clip_high: float = 0.4
+    clip_sides: ClipSides = "one"
     dual_clip: float | None = None
     loss_agg_mode: LossAggMode = "seq-mean-token-mean"
     max_length: int | None = None
     beta: float = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_straight_through: bool = False
+    kl_bias_correction: bool = False
     entropy_coef: float = 0.0
     temperature: float = 1.0
 
@@ -101,6 +115,7 @@ class LossConfig:
         for name, choices in (
             ("ess_rule", EssRule),
             ("clip", ClipMode),
+            ("clip_sides", ClipSides),
             ("kl_estimator", KLEstimator),
             ("loss_agg_mode", LossAggMode),
         ):
@@ -122,6 +137,16 @@ class LossConfig:
             value = _number("dual_clip", self.dual_clip, "a ratio > 1")
             _expect("dual_clip", value > 1, "a ratio > 1", value)
             _expect("dual_clip", self.clip != "none", 'None when clip="none"', value)
+            _expect("dual_clip", self.clip_sides == "one", 'None with clip_sides="two", which bounds the ratio', value)
+        _expect(
+            "clip_sides", self.clip_sides == "one" or self.clip != "none", '"one" when clip="none"', self.clip_sides
+        )
+        for name in ("kl_straight_through", "kl_bias_correction"):
+            value = getattr(self, name)
+            _expect(name, isinstance(value, bool), "a bool", value)
+        if self.kl_straight_through:
+            _expect("kl_straight_through", self.kl_estimator != "k2", 'False with kl_estimator="k2", which it is', True)
+            _expect("kl_bias_correction", not self.kl_bias_correction, "False with kl_straight_through", True)
         if self.loss_agg_mode == "seq-mean-token-sum-norm":
             ok = isinstance(self.max_length, int) and not isinstance(self.max_length, bool) and self.max_length > 0
             _expect("max_length", ok, 'an int > 0 with loss_agg_mode="seq-mean-token-sum-norm"', self.max_length)
@@ -193,8 +218,12 @@ class LossConfig:
             rule = TARGET
         else:
             rule = RELATIVE if self.ess_rule == "relative" else ABSOLUTE
-        none = (math.inf, math.inf, math.inf)
-        bounds = (self.clip_low, self.clip_high, math.inf if self.dual_clip is None else math.log(self.dual_clip))
+        none = (math.inf, math.inf, math.inf, math.inf)
+        if self.clip_sides == "two":
+            bounds = (self.clip_low, self.clip_high, self.clip_high, self.clip_low)
+        else:
+            dual = math.inf if self.dual_clip is None else math.log(self.dual_clip)
+            bounds = (self.clip_low, self.clip_high, dual, math.inf)
         return TrajectoryOptions(
             rule,
             0.0 if self.power == "ess" else float(self.power),
@@ -209,6 +238,8 @@ class LossConfig:
             float(self.max_length or 1),
             self.beta,
             float(self.kl_estimator[1]),
+            2.0 if self.kl_straight_through else float(self.kl_estimator[1]),
+            float(self.kl_bias_correction),
             self.entropy_coef,
         )
 

@@ -91,11 +91,13 @@ class LinearLoss:
         def take(index: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
             return [None if x is None else x[index] for x in tensors]
 
-        old_logp, ref_logp, rollout_weights = take(rows, i.old_logp, i.ref_logp, i.rollout_weights)
+        old_logp, ref_logp, rollout_weights, policy_mask = take(
+            rows, i.old_logp, i.ref_logp, i.rollout_weights, i.policy_mask
+        )
         A, power, target_ess = take(who, i.advantages, i.power, i.target_ess)
         dlogp, dentropy, self.stats[:, who] = stage("trajectory", self.impl)(
             self.logp[rows], old_logp, A, None, offsets, ref_logp, rollout_weights, self.entropy[rows], power,
-            target_ess, list(i.options),
+            target_ess, policy_mask, list(i.options),
         )  # fmt: skip
         if len(rows):
             self.largest = torch.maximum(self.largest, torch.linalg.vector_norm(dlogp, torch.inf))
@@ -142,8 +144,8 @@ class LinearLoss:
 SCHEMA = (
     "linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? old_logp, Tensor advantages,"
     " Tensor? mask, Tensor cu_seqlens, Tensor? ref_logp, Tensor? rollout_weights, Tensor? power, Tensor? target_ess,"
-    " float[] options, str impl, Tensor denominator, float logit_scale, float? logit_softcap, float temperature,"
-    " ScalarType dtype, bool[] gradients, int? max_chunk_tokens, bool skip_zero_advantage)"
+    " Tensor? policy_mask, float[] options, str impl, Tensor denominator, float logit_scale, float? logit_softcap,"
+    " float temperature, ScalarType dtype, bool[] gradients, int? max_chunk_tokens, bool skip_zero_advantage)"
     " -> (Tensor dhidden, Tensor dweight, Tensor dbias, Tensor largest, Tensor logp, Tensor entropy, Tensor stats)"
 )
 """The whole loss as one operator, because torch.compile cannot look into it: the sizes of the products depend on the data. Its

@@ -21,7 +21,8 @@ SCHEMAS = {
     "token_logp": "(Tensor logits, Tensor token_ids, Tensor? mask, float temperature)"
     " -> (Tensor logp, Tensor row_max, Tensor row_sum, Tensor entropy)",
     "trajectory": "(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor? mask, Tensor cu_seqlens,"
-    " Tensor? ref_logp, Tensor? rollout_weights, Tensor? entropy, Tensor? power, Tensor? target_ess, float[] options)"
+    " Tensor? ref_logp, Tensor? rollout_weights, Tensor? entropy, Tensor? power, Tensor? target_ess,"
+    " Tensor? policy_mask, float[] options)"
     " -> (Tensor dlogp, Tensor dentropy, Tensor stats)",
     "dlogits": "(Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> Tensor",

@@ -102,19 +102,24 @@ class LogWeights(NamedTuple):
     """l = log a of each token, centred on each trajectory's mean; dead = some a_t is 0."""
 
     x: Tensor  # (N,) l - mean, 0 where not alive
-    alive: Tensor  # (N,) bool: a response token with a_t > 0
+    alive: Tensor  # (N,) bool: a token of the policy term with a_t > 0
     mean: Tensor  # (B,) mean of l over alive tokens
     x_min: Tensor  # (B,)
     x_max: Tensor  # (B,)
-    tokens: Tensor  # (B,) response tokens n, alive or not
+    tokens: Tensor  # (B,) tokens of the policy term, alive or not
     has_zero: Tensor  # (B,) bool: some a_t = 0
     seg: Segments
 
 
-def clip_log_ratio(d: Tensor, advantage: Tensor, low: float, high: float, dual: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The pessimistic one-sided clip of design 2.2, on tokens' d or trajectories' log M_p: (clipped d, below, above)."""
+def clip_log_ratio(
+    d: Tensor, advantage: Tensor, low: float, high: float, dual: float, under: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pessimistic clip of design 2.2, on tokens' d or trajectories' log M_p: (clipped d, below, above).
+
+    A > 0: from -under, infinite unless the clip is two-sided, to high. A < 0: from -low to dual, which is high where it is.
+    """
     unbounded = torch.full_like(advantage, torch.inf)
-    floor = torch.where(advantage < 0, -low, -unbounded)
+    floor = torch.where(advantage < 0, -low, torch.where(advantage > 0, -under, -unbounded))
     ceiling = torch.where(advantage > 0, high, torch.where(advantage < 0, dual, unbounded))
     below, above = d < floor, d > ceiling
     return torch.where(above, ceiling, torch.where(below, floor, d)), below, above
@@ -224,13 +229,18 @@ def newton(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -
     return torch.where((deficit + most).isnan(), torch.nan, p), iterations.long()
 
 
-def kl_penalty(r: Tensor, order: float) -> tuple[Tensor, Tensor]:
-    """Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp."""
-    if order == 1:
-        return -r, torch.ones_like(r)
-    if order == 2:
-        return r * r / 2, -r
-    return torch.expm1(r) - r, -torch.expm1(r)
+def kl_penalty(r: Tensor, d: Tensor, o: TrajectoryOptions) -> tuple[Tensor, Tensor]:
+    """Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp, perhaps that of
+    another (by autograd too); with `kl_weighted` times exp(d), which depends on logp too."""
+    values = (-r, r * r / 2, torch.expm1(r) - r)
+    slopes = (torch.ones_like(r), -r, -torch.expm1(r))
+    value, slope = values[int(o.kl_order) - 1], slopes[int(o.kl_slope_order) - 1]
+    if o.kl_slope_order != o.kl_order:
+        other = values[int(o.kl_slope_order) - 1]
+        value = other + (value - other).detach()
+    if not o.kl_weighted:
+        return value, slope
+    return d.exp() * value, d.exp() * (slope + value)
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None, valid: Tensor) -> Tensor:
@@ -263,62 +273,68 @@ def trajectory(
     entropy: Tensor | None,
     power: Tensor | None,
     target_ess: Tensor | None,
+    policy_mask: Tensor | None,
     options: TrajectoryOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, statistics and per-token gradient of every trajectory (design 2.2 - 2.7), before the division by D.
 
     Token tensors are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1]; advantages, power and
     target_ess (B,). Returns, all in float64, dlogp (N,), dentropy (N,) (empty without an entropy term) and
-    stats (S, B), see `STATS`.
+    stats (S, B), see `STATS`. Response tokens that policy_mask (N,) bool leaves out count in the averages with a term of 0: of
+    k of n tokens the policy loss is -A (k/n) M_p, with M_p, W, ESS and p those of the k.
     """
     o, seg = options, Segments(cu_seqlens, logp.numel())
     valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     A = advantages.double()
 
     d = log_ratio(logp, old_logp, valid)
-    log_a, below, above = clip_log_ratio(d, seg.spread(A), o.token_low, o.token_high, o.token_dual)
+    log_a, below, above = clip_log_ratio(d, seg.spread(A), o.token_low, o.token_high, o.token_dual, o.token_under)
     if rollout_weights is not None:
         log_a = log_a + torch.where(valid, rollout_weights, 1).double().log()
-    l = centre(log_a, valid, seg)
-    n, some = l.tokens.clamp(min=1), l.tokens > 0
-    clipped_low, clipped_high = seg.sum((valid & below).double()), seg.sum((valid & above).double())
+    counts = valid if policy_mask is None else valid & policy_mask
+    l = centre(log_a, counts, seg)
+    k, tokens = l.tokens.clamp(min=1), seg.sum(valid.double())
+    n, some = tokens.clamp(min=1), tokens > 0
+    clipped_low, clipped_high = seg.sum((counts & below).double()), seg.sum((counts & above).double())
 
     p, deficit = choose_power(l, clipped_low + clipped_high, power, target_ess, o)
     at = moments(l, p)
     log_m = log_power_mean(l, p, at.log_mean)
-    clipped_m, m_below, m_above = clip_log_ratio(log_m, A, o.sequence_low, o.sequence_high, o.sequence_dual)
-    acts = some & (A != 0) & (log_m != -torch.inf)
-    policy_loss = torch.where(acts, -A * torch.where(acts, clipped_m, 0).exp(), 0)
-    weight = torch.where(some, l.tokens**o.by_length / o.length_norm, 0)
+    sequence = (o.sequence_low, o.sequence_high, o.sequence_dual, o.sequence_under)
+    clipped_m, m_below, m_above = clip_log_ratio(log_m, A, *sequence)
+    acts = (l.tokens > 0) & (A != 0) & (log_m != -torch.inf)
+    share = l.tokens / n
+    policy_loss = torch.where(acts, -A * share * torch.where(acts, clipped_m, 0).exp(), 0)
+    weight = torch.where(some, tokens**o.by_length / o.length_norm, 0)
 
     # -w A M_p W_t where nothing is clipped; M_p W_t in log space
-    log_mw = seg.spread(log_m - at.log_mean - n.log()) + seg.spread(p) * l.x
+    log_mw = seg.spread(log_m - at.log_mean - k.log()) + seg.spread(p) * l.x
     flows = l.alive & ~below & ~above & seg.spread(acts & ~m_below & ~m_above)
-    dlogp = torch.where(flows, -seg.spread(weight * A) * torch.where(flows, log_mw, 0).exp(), 0)
+    dlogp = torch.where(flows, -seg.spread(weight * A * share) * torch.where(flows, log_mw, 0).exp(), 0)
 
     # KL and entropy: token means, weighted alike
     per_token = torch.where(valid, seg.spread(weight / n), 0)
     kl, entropy_sum, dentropy = torch.zeros_like(n), torch.zeros_like(n), n.new_empty(0)
     if ref_logp is not None:
         r = torch.where(valid, ref_logp, 0).double() - torch.where(valid, logp, 0).double()
-        token_kl, dkl = kl_penalty(r, o.kl_order)
+        token_kl, dkl = kl_penalty(r, d, o)
         kl = seg.sum(token_kl)
         dlogp = dlogp + o.beta * per_token * dkl if o.beta else dlogp
     if entropy is not None:
         entropy_sum = seg.sum(torch.where(valid, entropy, 0).double())
         dentropy = -o.entropy_coef * per_token if o.entropy_coef else dentropy
 
-    ess = torch.where(some & ~(l.has_zero & (p <= 0)), n * torch.exp(-at.deficit), 0)
+    ess = torch.where((l.tokens > 0) & ~(l.has_zero & (p <= 0)), k * torch.exp(-at.deficit), 0)
     ratio = torch.where(valid, d.exp(), 0)
     rows = {
-        "tokens": l.tokens,
+        "tokens": tokens,
         "weight": weight,
         "policy_loss": policy_loss,
         "kl": kl,
         "entropy": entropy_sum,
         "power": p,
         "ess": ess,
-        "ess_target": ess if deficit is None else torch.where(some, n * torch.exp(-deficit), 0),
+        "ess_target": ess if deficit is None else torch.where(l.tokens > 0, k * torch.exp(-deficit), 0),
         "clipped_low": torch.where(m_below, l.tokens, clipped_low),
         "clipped_high": torch.where(m_above, l.tokens, clipped_high),
         "ratio_sum": seg.sum(ratio),

@@ -81,6 +81,7 @@ def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracl
         entropy.flatten(),
         power,
         None,
+        None,
         config.trajectory_options(has_power=power is not None, has_target_ess=False),
     )
     denominator = default_denominator(stats.detach()[STATS.index("tokens")], config)
@@ -238,5 +239,9 @@ def configurations() -> dict[str, LossConfig]:
         "pmpo, absolute rule": LossConfig.pmpo(ess_rule="absolute", ess_floor=0.98),
         "pmpo, all terms": LossConfig.pmpo(**terms),
         "no clip, k1": LossConfig.grpo(clip="none", beta=0.1, kl_estimator="k1"),
+        "two-sided clip, straight-through k3": LossConfig.gmpo(clip_sides="two", beta=0.1, kl_straight_through=True),
+        "two-sided sequence clip, corrected k3": LossConfig.holder(
+            1.0, clip_sides="two", beta=0.1, kl_bias_correction=True
+        ),
         "sequence clip, dual, k2": LossConfig.holder(0.5, dual_clip=1.1, beta=0.1, kl_estimator="k2"),
     }

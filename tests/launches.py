@@ -49,7 +49,7 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
     stages.trajectory(
         logp.flatten(), flat if optional else None, torch.zeros(B), None if mask is None else mask.flatten(),
         torch.arange(B + 1) * T, flat if optional else None, flat if optional else None, entropy.flatten(),
-        torch.zeros(B) if optional else None, None, options,
+        torch.zeros(B) if optional else None, None, None if mask is None else mask.flatten(), options,
     )  # fmt: skip
     stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 

@@ -33,6 +33,21 @@ from pmpo_kernels import LossConfig
         ({"entropy_coef": "0.1"}, "entropy_coef: expected a finite number, got '0.1'"),
         ({"dual_clip": 1.0}, "dual_clip: expected a ratio > 1, got 1.0"),
         ({"dual_clip": 3.0, "clip": "none"}, 'dual_clip: expected None when clip="none", got 3.0'),
+        (
+            {"dual_clip": 3.0, "clip_sides": "two"},
+            'dual_clip: expected None with clip_sides="two", which bounds the ratio, got 3.0',
+        ),
+        ({"clip_sides": "both"}, "clip_sides: expected one of .*'one', 'two'.*, got 'both'"),
+        ({"clip_sides": "two", "clip": "none"}, 'clip_sides: expected "one" when clip="none", got \'two\''),
+        ({"kl_straight_through": 1}, "kl_straight_through: expected a bool, got 1"),
+        (
+            {"kl_straight_through": True, "kl_estimator": "k2"},
+            'kl_straight_through: expected False with kl_estimator="k2"',
+        ),
+        (
+            {"kl_straight_through": True, "kl_bias_correction": True},
+            "kl_bias_correction: expected False with kl_straight_through",
+        ),
         ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "max_length: expected an int > 0"),
         ({"max_length": 5}, 'max_length: expected None with loss_agg_mode="seq-mean-token-mean", got 5'),
     ],

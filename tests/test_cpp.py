@@ -181,9 +181,9 @@ def test_operators_check_what_they_read() -> None:
     logp, A, offsets = torch.zeros(6), torch.ones(2), torch.tensor([0, 3, 6])
     for bad in ([0, 4, 5], [1, 3, 6], [0, 7, 6]):
         with pytest.raises(ValueError, match="cu_seqlens: expected non-decreasing offsets from 0 to the 6 tokens"):
-            stage("trajectory", "cpp")(logp, None, A, None, torch.tensor(bad), *[None] * 5, options)
+            stage("trajectory", "cpp")(logp, None, A, None, torch.tensor(bad), *[None] * 6, options)
     with pytest.raises(ValueError, match="options: expected those of TrajectoryOptions"):
-        stage("trajectory", "cpp")(logp, None, A, None, offsets, *[None] * 5, options[:-1])
+        stage("trajectory", "cpp")(logp, None, A, None, offsets, *[None] * 6, options[:-1])
 
 
 def test_reasons_why_it_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

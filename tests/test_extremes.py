@@ -173,7 +173,7 @@ def test_a_nan_target_is_not_hidden(impl: str, device: str) -> None:
     offsets, target = torch.tensor([0, 3], device=device), torch.tensor([math.nan], device=device)
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=True)
     A = torch.ones(1, device=device)
-    stats = function(logp, old, A, None, offsets, None, None, None, None, target, list(options))[2]
+    stats = function(logp, old, A, None, offsets, None, None, None, None, target, None, list(options))[2]
     assert stats[STATS.index("power")].isnan().all()
     assert stats[STATS.index("policy_loss")].isnan().all()
 

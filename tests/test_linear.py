@@ -61,7 +61,10 @@ def test_what_is_given_for_each_trajectory(chunk: int | None, impl: str, device:
     c, B = head.case, len(head.case.advantages)
     ess = c.mask.sum(1) * torch.linspace(0.9, 1, B, device=device).double()
     for config, options in (
-        (LossConfig.pmpo(), {"target_ess": ess}),
+        (
+            LossConfig.pmpo(beta=0.1),
+            {"target_ess": ess, "ref_logp": c.ref_logp, "policy_mask": c.ref_logp < c.old_logp},
+        ),
         (LossConfig.holder_token(0.0), {"power": torch.linspace(-2, 2, B, device=device).double()}),
     ):
         want = materialised(head, config, impl, **options)

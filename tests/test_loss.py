@@ -12,7 +12,7 @@ from helpers import FEW, run, same_bits, small_case
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.baseline import eager_pmpo_loss
-from pmpo_kernels.verification import make_case, oracle, three_part_error, verify
+from pmpo_kernels.verification import Case, make_case, oracle, three_part_error, verify
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -164,6 +164,33 @@ def test_given_power_and_target_ess(impl: str, device: str) -> None:
     assert (number.power == 0.3).all()
     sequence, _ = run(case, LossConfig.pmpo(clip="sequence"), impl, target_ess=out.ess)
     assert torch.isfinite(sequence.loss)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_value_a_trajectory(impl: str, device: str, packed: bool) -> None:
+    """Weights and policy mask as (B,) are those of all tokens; a trajectory without policy term is one with A = 0."""
+    case, config = small_case(device, torch.float64), LossConfig.pmpo(beta=0.1, full_clip_fraction=0.5)
+    B, T = case.token_ids.shape
+    weights, some = torch.linspace(0.5, 1.5, B, device=device).double(), torch.arange(B, device=device) % 2 == 0
+    spread = {"rollout_weights": weights[:, None].expand(B, T), "policy_mask": some[:, None].expand(B, T)}
+    options = {}
+    if packed:
+        options = {"cu_seqlens": torch.arange(B + 1, device=device) * T}
+        case = Case(*(t if t.dim() == 1 else t.flatten(0, 1) for t in case))
+        spread = {name: value.flatten() for name, value in spread.items()}
+    out, grad = run(case, config, impl, **spread, **options)
+    again, grad_again = run(case, config, impl, rollout_weights=weights, policy_mask=some.int(), **options)
+    same_bits(out, again)
+    assert torch.equal(grad, grad_again)
+    zero, grad_zero = run(
+        case._replace(advantages=torch.where(some, case.advantages, 0)),
+        config,
+        impl,
+        rollout_weights=weights,
+        **options,
+    )
+    assert torch.equal(out.loss, zero.loss)
+    assert torch.equal(grad, grad_zero)
 
 
 def test_metrics_by_hand(impl: str, device: str) -> None:

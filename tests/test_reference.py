@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,65 @@ def test_kl_and_entropy_by_hand() -> None:
         assert grad == pytest.approx([0.5 * dk(r[0]) / 2, 0.5 * dk(r[1]) / 2], rel=64 * EPS)
 
 
+def test_kl_gradients_by_hand() -> None:
+    """Straight-through: the value of one estimator with the gradient of k2. Corrected: times the ratio, gradient included."""
+    ratio, r = [1.2, 0.7], [0.3, -0.4]
+    ref_logp = torch.tensor([[math.log(a) + x for a, x in zip(ratio, r, strict=True)]], dtype=torch.float64)
+    for name, k in (("k1", lambda r: -r), ("k3", lambda r: math.exp(r) - r - 1)):
+        config = LossConfig.grpo(beta=0.5, kl_estimator=name, kl_straight_through=True)
+        loss, grad = loss_of(ratio, 0.0, config, ref_logp=ref_logp)
+        assert loss == pytest.approx(0.5 * (k(r[0]) + k(r[1])) / 2, rel=64 * EPS)
+        assert grad == pytest.approx([-0.5 * x / 2 for x in r], rel=64 * EPS)
+    for name, k, dk in (
+        ("k1", lambda r: -r, lambda r: 1.0),
+        ("k2", lambda r: r * r / 2, lambda r: -r),
+        ("k3", lambda r: math.exp(r) - r - 1, lambda r: 1 - math.exp(r)),
+    ):
+        config = LossConfig.grpo(beta=0.5, kl_estimator=name, kl_bias_correction=True)
+        loss, grad = loss_of(ratio, 0.0, config, ref_logp=ref_logp)
+        terms = list(zip(ratio, r, strict=True))
+        assert loss == pytest.approx(0.5 * sum(a * k(x) for a, x in terms) / 2, rel=64 * EPS)
+        assert grad == pytest.approx([0.5 * a * (dk(x) + k(x)) / 2 for a, x in terms], rel=64 * EPS)
+
+
+def test_two_sided_clip_by_hand() -> None:
+    """Both bounds for both signs of A, on tokens (p = 1) and on the trajectory's mean (p = 1, sequence)."""
+    bounds = {"clip_sides": "two", **LossConfig.ratio_clip(0.2, 0.3)}
+    for A in (1.0, -1.0):
+        loss, grad = loss_of([1.5, 0.5, 1.1], A, LossConfig.grpo(**bounds))
+        assert loss == pytest.approx(-A * (1.3 + 0.8 + 1.1) / 3, rel=64 * EPS)
+        assert grad == pytest.approx([0.0, 0.0, -A * 1.1 / 3], rel=64 * EPS)
+        for ratio, clipped in (([1.5, 1.3], 1.3), ([0.5, 0.7], 0.8)):
+            loss, grad = loss_of(ratio, A, LossConfig.holder(1.0, **bounds))
+            assert loss == pytest.approx(-A * clipped, rel=64 * EPS)
+            assert grad == [0.0, 0.0]
+    assert loss_of([1.5, 0.5], 0.0, LossConfig.grpo(**bounds)) == (0.0, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("p", [1.0, 0.5, 0.0, -1.0])
+def test_policy_mask_by_hand(p: float) -> None:
+    """Of k of n tokens: -A (k / n) M_p of the k; the others have no policy gradient, and keep their KL term and their weight in D."""
+    ratio, keep = [1.1, 3.0, 0.9, 1.05], [True, False, True, True]
+    chosen = [a for a, used in zip(ratio, keep, strict=True) if used]
+    config = LossConfig(power=p, clip="none", loss_agg_mode="token-mean")
+    mean = math.exp(sum(map(math.log, chosen)) / 3) if p == 0 else (sum(a**p for a in chosen) / 3) ** (1 / p)
+    logp = torch.tensor([ratio], dtype=torch.float64).log().requires_grad_()
+    mask, A = torch.tensor([keep]), torch.tensor([2.0], dtype=torch.float64)
+    out = pmpo_loss_from_logp(logp, torch.zeros_like(logp), A, policy_mask=mask, config=config)
+    out.loss.backward()
+    weights = [a**p / sum(c**p for c in chosen) if used else 0.0 for a, used in zip(ratio, keep, strict=True)]
+    assert out.loss.item() == pytest.approx(-2.0 * 3 / 4 * mean, rel=64 * EPS)
+    assert logp.grad[0].tolist() == pytest.approx([-2.0 * 3 / 4 * mean * w for w in weights], rel=64 * EPS)
+    assert out.ess.item() == pytest.approx(1 / sum(w * w for w in weights), rel=64 * EPS)
+    assert out.metrics["tokens"] == 4
+    nothing = pmpo_loss_from_logp(
+        logp, torch.zeros_like(logp), A, policy_mask=torch.tensor([False]), ref_logp=torch.zeros_like(logp),
+        config=replace(config, beta=0.5),
+    )  # fmt: skip
+    kl = [math.exp(-x) + x - 1 for x in map(math.log, ratio)]
+    assert nothing.loss.item() == pytest.approx(0.5 * sum(kl) / 4, rel=64 * EPS)
+
+
 def test_aggregations_by_hand() -> None:
     """Trajectories of 1 and 3 tokens, all ratios 1, and an empty one that does not count."""
     logp = torch.zeros(3, 3, dtype=torch.float64)
@@ -140,7 +200,7 @@ def test_extreme_p_is_max_and_min() -> None:
 
 
 @pytest.mark.parametrize("name", list(CONFIGURATIONS))
-@pytest.mark.parametrize("features", ["plain", "weights", "packed"])
+@pytest.mark.parametrize("features", ["plain", "weights", "packed", "policy mask"])
 def test_gradcheck(name: str, features: str) -> None:
     """Finite differences of the reference's loss against autograd through it, and autograd against the written gradients."""
     config = CONFIGURATIONS[name]
@@ -160,11 +220,24 @@ def test_gradcheck(name: str, features: str) -> None:
     old = torch.log_softmax(logits.detach(), -1).gather(-1, token_ids[..., None]).flatten() + random(0.4)
     ref, weights = old + random(0.2), random(0.2).exp() if features == "weights" else None
 
+    policy = torch.rand(B * T) < 0.6 if features == "policy mask" else None
+
     def run(z: Tensor, power: Tensor | None) -> tuple[Tensor, ...]:
         logp, row_max, row_sum, entropy = reference.token_logp(z, token_ids, mask, config.temperature)
         options = config.trajectory_options(has_power=power is not None, has_target_ess=False)
         dlogp, dentropy, stats = reference.trajectory(
-            logp.flatten(), old, A, mask.flatten(), offsets, ref, weights, entropy.flatten(), power, None, options
+            logp.flatten(),
+            old,
+            A,
+            mask.flatten(),
+            offsets,
+            ref,
+            weights,
+            entropy.flatten(),
+            power,
+            None,
+            policy,
+            options,
         )
         denominator = default_denominator(stats.detach()[reference.STATS.index("tokens")], config)
         return (
@@ -178,7 +251,8 @@ def test_gradcheck(name: str, features: str) -> None:
         )
 
     power = run(logits, None)[3][reference.STATS.index("power")].detach()
-    assert torch.autograd.gradcheck(lambda z: run(z, power)[0], logits, eps=1e-6, atol=1e-8, rtol=1e-6)
+    if not config.kl_straight_through:  # whose gradient is another's, on purpose
+        assert torch.autograd.gradcheck(lambda z: run(z, power)[0], logits, eps=1e-6, atol=1e-8, rtol=1e-6)
     loss, dlogp, dentropy, _, row_max, row_sum, entropy = run(logits, power)
     (want,) = torch.autograd.grad(loss, logits)
     with torch.no_grad():

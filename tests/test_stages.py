@@ -58,17 +58,18 @@ def test_trajectory(impl: str, device: str, dtype: torch.dtype, name: str, optio
     case = make_case(dtype, B=6, T=10, V=16, device=device)
     logp, old, ref, weights, entropy, mask = flat(case)
     offsets = torch.arange(7, device=device) * 10
+    policy = torch.rand(60, generator=torch.Generator().manual_seed(0)).to(device) < 0.7
     options = config.trajectory_options(has_power=False, has_target_ess=False)
     if not optional:
-        ref = weights = entropy = mask = None
-    args = (logp, old, case.advantages, mask, offsets, ref, weights, entropy, None, None)
+        ref = weights = entropy = mask = policy = None
+    args = (logp, old, case.advantages, mask, offsets, ref, weights, entropy, None, None, policy)
     dlogp, dentropy, stats = stage("trajectory", impl)(*args, list(options))
     doubles = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
     row = dict(zip(STATS, stats, strict=True))
     # p is right to 1e-10 in log ESS: compare the rest at that p
     power = row["power"] if config.power == "ess" else None
     fixed = config.trajectory_options(has_power=power is not None, has_target_ess=False)
-    want_dlogp, want_dentropy, want = reference.trajectory(*doubles[:8], power, None, fixed)
+    want_dlogp, want_dentropy, want = reference.trajectory(*doubles[:8], power, None, policy, fixed)
     u64 = torch.finfo(torch.float64).eps / 2
     for key, a, b in zip(STATS, stats, want, strict=True):
         if key == "ess_target" and power is not None:

@@ -137,5 +137,6 @@ def flat_trajectory(
         None,
         power,
         None,
+        None,
         config.trajectory_options(has_power=power is not None, has_target_ess=False),
     )

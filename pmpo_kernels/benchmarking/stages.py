@@ -21,7 +21,7 @@ def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunct
     tokens = (logp.flatten(), i.old_logp.flatten(), i.advantages, i.mask.flatten())
     offsets = torch.arange(B + 1, device=logp.device) * T
     options = list(config.trajectory_options(has_power=False, has_target_ess=False))
-    rest = (offsets, None, None, entropy.flatten(), None, None, options)
+    rest = (offsets, None, None, entropy.flatten(), None, None, None, options)
     dlogp = stage("trajectory", impl)(*tokens, *rest)[0].view(B, T).to(logp.dtype)
     saved = (row_max, row_sum, entropy, dlogp, None, config.temperature)
     return {

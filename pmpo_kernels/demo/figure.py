@@ -43,7 +43,7 @@ class Trajectories:
         keep = r.mask[row]
         d = (self.output.logp[row] - r.old_logp[row])[keep].double()
         sign = r.advantages[row].double().expand_as(d)
-        clipped, below, above = clip_log_ratio(d, sign, config.clip_low, config.clip_high, float("inf"))
+        clipped, below, above = clip_log_ratio(d, sign, config.clip_low, config.clip_high, float("inf"), float("inf"))
         return len(d) * torch.softmax(power * clipped, 0), below | above
 
 
