@@ -1,6 +1,6 @@
 """Fused power-mean policy losses for reinforcement learning of language models: GRPO, GMPO, HMPO, GSPO, HölderPO, PMPO."""
 
-from pmpo_kernels import reference
+from pmpo_kernels import reference, schedules
 from pmpo_kernels.api import PMPOOutput, TokenLogp, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import available_impls
@@ -17,6 +17,7 @@ __all__ = [
     "pmpo_loss",
     "pmpo_loss_from_logp",
     "reference",
+    "schedules",
     "solve_power",
     "token_logp",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -111,6 +112,20 @@ def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
     return float(value)
+
+
+def check_finite(name: str, value: object) -> float:
+    """`value` as a float, if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """`value` is one of `choices`, a tuple or a Literal."""
+    choices = choices if isinstance(choices, tuple) else get_args(choices)
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
 
 
 def check_count(name: str, value: object) -> None:

@@ -186,6 +186,12 @@ class LossConfig:
         return cls.grpo(**{**cls.ratio_clip(0.2, 0.28), "loss_agg_mode": "token-mean", **options})
 
     @classmethod
+    def bnpo(cls, **options: Any) -> LossConfig:
+        """TRL's loss_type "bnpo": GRPO with its clip of 1 +- 0.2, the mean over all tokens of the call (those of this rank
+        and micro-batch, unless `denominator` is given)."""
+        return cls.grpo(**{"loss_agg_mode": "token-mean", **options})
+
+    @classmethod
     def gmpo(cls, **options: Any) -> LossConfig:
         """GMPO (arXiv 2507.20673, eq. 4): geometric mean, p = 0, token clip 0.4 in log space."""
         return cls(**{"power": 0.0, **options})
@@ -209,6 +215,13 @@ class LossConfig:
     def holder_token(cls, power: float, **options: Any) -> LossConfig:
         """HölderPO (arXiv 2605.12058) with each token's ratio clipped one-sidedly to 1 +- 0.2 before the power mean."""
         return cls.holder(power, **{"clip": "token", **options})
+
+    @classmethod
+    def apmpo(cls, power: float, eps_high: float = 0.2, **options: Any) -> LossConfig:
+        """APMPO (arXiv 2605.04066): power mean of token ratios clipped one-sidedly to [1 - 0.2, 1 + eps_high].
+
+        Both numbers come from the step's rewards: `schedules.apmpo_power`, `schedules.apmpo_clip` (from 0.2 to 0.4)."""
+        return cls.holder_token(power, **{**cls.ratio_clip(0.2, eps_high), **options})
 
     def trajectory_options(self, *, has_power: bool, has_target_ess: bool) -> TrajectoryOptions:
         """These options as the numbers the kernels read; `has_power`, `has_target_ess`: p or ESS* is given per trajectory."""

@@ -72,13 +72,18 @@ def test_presets() -> None:
         LossConfig.grpo(): 1.0, LossConfig.dr_grpo(8): 1.0, LossConfig.dapo(): 1.0, LossConfig.gmpo(): 0.0,
         LossConfig.hmpo(): -1.0, LossConfig.gspo(): 0.0, LossConfig.holder(-2.0): -2.0,
         LossConfig.holder_token(2.0): 2.0, LossConfig.pmpo(): "ess",
+        LossConfig.bnpo(): 1.0, LossConfig.apmpo(0.5, 0.3): 0.5,
     }  # fmt: skip
     assert all(config.power == power for config, power in powers.items())
-    assert len(powers) == 9  # frozen, hashable, all different
+    assert len(powers) == 11  # frozen, hashable, all different
     assert {c.clip for c in (LossConfig.gspo(), LossConfig.holder(1.0))} == {"sequence"}
     assert LossConfig.holder_token(1.0).clip == "token"
     assert LossConfig.dr_grpo(8).max_length == 8
     assert LossConfig.dapo().loss_agg_mode == "token-mean"
+    assert LossConfig.bnpo() == LossConfig.dapo(**LossConfig.ratio_clip(0.2, 0.2))
+    assert LossConfig.apmpo(0.5) == LossConfig.holder_token(0.5)
+    assert LossConfig.apmpo(0.5, 0.3) == LossConfig.holder_token(0.5, **LossConfig.ratio_clip(0.2, 0.3))
+    assert LossConfig.apmpo(0.5, eps_high=0.3, beta=0.1).beta == 0.1
     assert LossConfig.gmpo(beta=0.1).beta == 0.1
     with pytest.raises(FrozenInstanceError):
         LossConfig().power = 1.0  # type: ignore[misc]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.api import pmpo_loss, token_logp
+from pmpo_kernels.schedules import group_advantages
 
 OPERANDS = range(2, 10)
 MAX_PROMPTS = len(OPERANDS) ** 2
@@ -97,14 +98,6 @@ def reward(text: str, tokens: int, max_tokens: int, a: int, b: int) -> float:
     numbers = re.findall(r"\d+", text)
     restated = ((str(a) in numbers) + (str(b) in numbers)) / 2
     return (str(a + b) in numbers) + restated / 4 + (1 - tokens / max_tokens) / 4
-
-
-def group_advantages(rewards: Tensor, size: int) -> Tensor:
-    """(reward - mean) / std within each group of `size` rows, 0 for equal rewards (GRPO, arXiv 2402.03300, 4.1.2)."""
-    grouped = rewards.view(-1, size)
-    centred = grouped - grouped.mean(1, keepdim=True)
-    std = grouped.std(1, keepdim=True)
-    return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), 0).view(-1)
 
 
 @torch.no_grad()
