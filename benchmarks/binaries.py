@@ -54,7 +54,13 @@ SMALL = (
     "rollout_weights",
     "lanes",
 )
-SHARED = {"token_ids_ptr": "*i64", "mask_ptr": "*u8", "cu_seqlens_ptr": "*i64", "stats_ptr": "*fp64"}
+SHARED = {
+    "token_ids_ptr": "*i64",
+    "mask_ptr": "*u8",
+    "policy_mask_ptr": "*u8",
+    "cu_seqlens_ptr": "*i64",
+    "stats_ptr": "*fp64",
+}
 
 
 class Kernel(NamedTuple):
