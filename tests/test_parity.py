@@ -107,6 +107,10 @@ def test_the_batch_has_signal() -> None:
                 assert clipped.any()
                 assert not clipped.all()
                 assert (used - bound).abs().min() > 1e-5
+        mean = (d * batch.mask).sum(1) / lengths.clamp(min=1)
+        for sign, bound in ((1, math.log(1.03)), (-1, math.log(0.98))):  # the sequence clip of the cases
+            used = mean[(batch.advantages.sign() == sign) & (lengths > 0)]
+            assert 0 < int((sign * used > sign * bound).sum()) < len(used)
     with pytest.raises(ValueError, match="V: expected an int > 0, got 0"):
         make_batch(V=0)
 

@@ -11,6 +11,7 @@ LENGTHS = (12, 0, 1, 7, 9, 12, 5, 8)  # padding, an empty row, a row of one toke
 ADVANTAGES = (1.2, 0.8, -0.6, -1.4, 0.9, 0.0, -0.7, 2.0)  # both signs, and a zero on a full row
 HIDDEN_SIZE = 16
 RATIO_SD, REF_SD, ROLLOUT_SD = 0.25, 0.3, 0.1
+WIDE = (0.45, -0.45)  # log-ratios of two tokens a row, so that at bounds of 0.4 something clips whatever the seed
 
 
 class Batch(NamedTuple):
@@ -33,8 +34,8 @@ class Batch(NamedTuple):
 
 
 def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
-    """A `Batch` with V logits of standard deviation 1 and log-ratios of standard deviation 0.25: at 1 +- 0.2 some tokens
-    of either sign clip, most do not, and no ratio is near an overflow. Raises ValueError for V < 1."""
+    """A `Batch` with V logits of standard deviation 1 and log-ratios of standard deviation 0.25: some tokens of either sign
+    clip, most do not, and no ratio is near an overflow. Raises ValueError for V < 1."""
     if V < 1:
         raise ValueError(f"V: expected an int > 0, got {V}")
     random = torch.Generator().manual_seed(seed)
@@ -47,13 +48,15 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
     logits = hidden @ weight.T
     token_ids = torch.randint(V, (B, T), generator=random)
     logp = torch.log_softmax(logits[:, :T].double(), -1).gather(-1, token_ids[..., None])[..., 0].float()
+    d = RATIO_SD * normal(B, T)
+    d[:, 1:3] = torch.tensor(WIDE)
     batch = Batch(
         hidden=hidden,
         weight=weight,
         logits=logits,
         token_ids=token_ids,
         logp=logp,
-        old_logp=logp + RATIO_SD * normal(B, T),
+        old_logp=logp - d,
         ref_logp=logp + REF_SD * normal(B, T),
         advantages=torch.tensor(ADVANTAGES),
         mask=torch.arange(T) < torch.tensor(LENGTHS)[:, None],
