@@ -2,9 +2,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench verify lint clean
+.PHONY: demo test peers bench verify lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -26,6 +27,25 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	@if $(MAKE) --no-print-directory .venv-peers/installed; then $(MAKE) --no-print-directory peers; \
+	else echo "NOT TESTED: parity with TRL, verl and Liger, whose packages could not be installed (see above)"; fi
+
+# TRL, verl and Liger have an environment of their own: they pin versions of what the package itself does not. It runs the
+# working tree with the C++ kernels that .venv built.
+requirements = from importlib.metadata import requires; \
+	print(*(r.partition(';')[0] for r in requires('pmpo-kernels') if 'extra' not in r or 'peers' in r or 'test' in r.partition(';')[2]))
+
+.venv-peers/installed: .venv/installed
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS_BIN)/python -m pip install --quiet --upgrade pip
+	$(PEERS_BIN)/python -m pip install --quiet "$(TORCH)"
+	$(PEERS_BIN)/python -m pip install --quiet $$($(BIN)/python -c "$(requirements)")
+	$(PEERS_BIN)/python -m pip install --quiet --no-deps verl==0.9.1 # its own dependencies are a cluster's; extra peers has what it imports
+	touch $@
+
+peers: .venv-peers/installed
+	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_peers.py tests/test_parity.py --require-peers
+	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_benchmarks.py -k installed_peers
 
 verify: .venv/installed
 	@$(call with_triton,$(BIN)/pmpo-kernels verify)
@@ -39,4 +59,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-peers build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .benchmarks

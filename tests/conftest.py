@@ -16,6 +16,10 @@ from pmpo_kernels.verification import configurations
 CONFIGURATIONS = configurations()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-peers", action="store_true", help="fail, not skip, where TRL, verl or Liger is missing")
+
+
 def device_of(impl: str) -> str:
     return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
 

@@ -31,7 +31,7 @@ def test_info() -> None:
 def test_verify_passes_for_the_reference() -> None:
     result = runner.invoke(app, ["verify", "--impl", "reference", "--dtype", "float32"])
     assert result.exit_code == 0, result.output
-    assert "14 of 14 agree with float64" in result.output
+    assert "16 of 16 agree with float64" in result.output
     assert "cpp: not checked" in result.output
     assert "14 of 14" in runner.invoke(app, ["verify", "--impl", "cpp", "--dtype", "bfloat16"]).output
 

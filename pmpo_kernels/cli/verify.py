@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pmpo_kernels.cli.peers import check_peers
 from pmpo_kernels.impls import IMPLS, USABLE, available_impls, interpreted, resolve_impl
 from pmpo_kernels.verification import Verdict, configurations, make_case, verify
 
@@ -21,8 +22,17 @@ def command(
     dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}; default: all.")] = None,
     vocab: Annotated[int, typer.Option(min=2, help="Vocabulary size of the cases.")] = 201,
     seed: Annotated[int, typer.Option(help="Seed of the cases.")] = 0,
+    peers: Annotated[bool, typer.Option("--peers", help="Compare with TRL, verl and Liger, as installed.")] = False,
 ) -> None:
-    """Check loss and gradient (target column, off-target columns, row sum) against float64; exit code 1 on a failure."""
+    """Check loss and gradient (target column, off-target columns, row sum) against float64; exit code 1 on a failure.
+
+    With --peers: check them against the packages that compute the same losses, in float32, with the fastest implementation.
+    """
+    if peers:
+        for option, value in (("--impl", impl), ("--dtype", dtype)):
+            if value:
+                raise typer.BadParameter(f"{option}: cannot be combined with --peers, got {value}")
+        check_peers(vocab, seed)
     for name in impl or []:
         if name not in IMPLS:
             raise typer.BadParameter(f"--impl: expected one of {', '.join(IMPLS)}, got {name!r}")

@@ -1,0 +1,43 @@
+"""Which peers can be called here, and for the others the reason why not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import NamedTuple
+
+import torch
+
+from pmpo_kernels.impls import interpreted
+from pmpo_kernels.parity.cases import ParityCase
+
+PEERS = {"trl": "trl", "verl": "verl", "liger": "liger-kernel"}  # module of this package: distribution
+
+
+class Peer(NamedTuple):
+    """A peer as installed: its distribution, version ("" if it cannot be called), cases, device, and what is in the way."""
+
+    distribution: str
+    version: str
+    cases: list[ParityCase]
+    device: str
+    problem: str
+
+
+def find_peers() -> dict[str, Peer]:
+    """Every name in `PEERS`. Imports what is installed (seconds); a package that fails to import is told, not raised."""
+    found = {}
+    for name, distribution in PEERS.items():
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = Peer(distribution, "", [], "", f"not installed (pip install {distribution})")
+            continue
+        try:
+            cases = importlib.import_module(f"pmpo_kernels.parity.{name}").cases()
+        except (ImportError, RuntimeError) as error:
+            found[name] = Peer(distribution, "", [], "", f"{distribution} {version}: {error}")
+            continue
+        on_gpu = name == "liger" and torch.cuda.is_available() and not interpreted()
+        found[name] = Peer(distribution, version, cases, "cuda" if on_gpu else "cpu", "")
+    return found

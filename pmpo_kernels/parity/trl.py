@@ -1,0 +1,134 @@
+"""TRL's GRPO family: the loss of a real `GRPOTrainer`, or of its GMPO, on given log-probs."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.parity.batch import LENGTHS, Batch
+from pmpo_kernels.parity.cases import ParityCase
+
+ACCUMULATION = 4
+
+
+class GivenLogp(torch.nn.Module):
+    """Stands where TRL calls the policy for the log-probs of prompt and completion: a prompt of one token before `logp`."""
+
+    def __init__(self, logp: Tensor) -> None:
+        super().__init__()
+        self.logp = logp
+
+    def forward(self, **_: Any) -> Any:
+        """What TRL reads of a model's output: `log_probs` and `entropy`, each (B, 1 + T)."""
+        logp = torch.nn.functional.pad(self.logp, (1, 0))
+        output: Any = CausalLMOutput()
+        output.log_probs, output.entropy = logp, torch.zeros_like(logp)
+        return output
+
+
+def trainer(*, gmpo: bool = False, accumulation: int = 1, beta: float = 0.0, **options: Any) -> GRPOTrainer:
+    """A GRPOTrainer (GMPOTrainer) of a model with two words, in training mode, with these options of its configuration."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
+    tokenizer: Any = PreTrainedTokenizerFast  # its call has no annotations
+    size: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size"), 4)
+    count: dict[str, Any] = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    made = (GMPOTrainer if gmpo else GRPOTrainer)(
+        model=Qwen2ForCausalLM(Qwen2Config(vocab_size=2, **size, **count)),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        processing_class=tokenizer(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"),
+        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
+        args=(GMPOConfig if gmpo else GRPOConfig)(
+            output_dir=tempfile.gettempdir(),  # nothing is written
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            per_device_train_batch_size=len(LENGTHS),
+            num_generations=len(LENGTHS),
+            max_completion_length=max(LENGTHS),
+            gradient_accumulation_steps=accumulation,
+            **options,
+        ),
+    )
+    made.current_gradient_accumulation_steps = accumulation  # as the loop of `train` sets it
+    made.beta = beta  # given at the start, it would load a reference model by its name
+    made.model.train()
+    return made
+
+
+def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, rollout: bool = False) -> Tensor:
+    """`_compute_loss` of a trainer (0-d); the generation batch holds `items` times the batch's tokens."""
+    prompt = torch.ones_like(batch.token_ids[:, :1])
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt,
+        "completion_ids": batch.token_ids,
+        "completion_mask": batch.mask.long(),
+        "advantages": batch.advantages,
+        "num_items_in_batch": batch.mask.sum() * items,
+        "old_per_token_logps": batch.old_logp,
+        "ref_per_token_logps": batch.ref_logp,
+    }
+    if rollout:  # what a trainer with a vLLM server has: the option needs the server, its loss does not
+        made.use_vllm, made.vllm_importance_sampling_correction = True, True
+        inputs["importance_sampling_ratio"] = batch.rollout_weights
+    value = made._compute_loss(GivenLogp(logp), inputs)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def case(
+    name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *,
+    items: float = 1.0, rollout: bool = False, **options: Any,
+) -> ParityCase:  # fmt: skip
+    """A case from TRL's options and ours; the trainer is built when the case is run."""
+
+    def theirs(batch: Batch, logp: Tensor) -> Tensor:
+        if options.get("gmpo"):  # it adds -A of an empty row to the loss
+            batch = batch._replace(advantages=torch.where(batch.mask.any(1), batch.advantages, 0))
+        return loss(trainer(**options), batch, logp, items=items, rollout=rollout)
+
+    return ParityCase(name, theirs, preset, ours, "logp", denominator, rollout)
+
+
+def cases() -> list[ParityCase]:
+    """Token-level and sequence-level losses of `GRPOTrainer`, and GMPO."""
+    sequence: dict[str, Any] = LossConfig.ratio_clip(0.02, 0.03)
+    level: dict[str, Any] = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03}
+    plain_kl: dict[str, Any] = {
+        "beta": 0.1,
+        "use_bias_correction_kl": False,
+    }  # by default TRL multiplies k3 by the ratio
+    T, by_token = max(LENGTHS), {"loss_agg_mode": "token-mean"}
+    token_sum = {"loss_agg_mode": "seq-mean-token-sum-norm", "max_length": 1}
+    return [
+        case("grpo", "grpo", {}, "rows", loss_type="grpo"),
+        case("grpo, delta", "grpo", {"dual_clip": 1.3}, "rows", loss_type="grpo", delta=1.3),
+        case("grpo, beta", "grpo", {"beta": 0.1}, "rows", loss_type="grpo", **plain_kl),
+        case("grpo, accumulation", "grpo", {}, "4 rows", loss_type="grpo", accumulation=ACCUMULATION),
+        case("grpo, rollout weights", "grpo", {}, "rows", loss_type="grpo", rollout=True),
+        case("bnpo", "grpo", by_token, loss_type="bnpo"),
+        case("dr_grpo", "dr_grpo", {"max_length": T}, "rows", loss_type="dr_grpo"),
+        case("dapo", "dapo", {}, loss_type="dapo", epsilon_high=0.28),
+        case("dapo, more items", "dapo", {}, "1.5 tokens", loss_type="dapo", epsilon_high=0.28, items=1.5),
+        case("dapo, beta", "dapo", {"beta": 0.1}, loss_type="dapo", epsilon_high=0.28, **plain_kl),
+        case("grpo, sequence level", "gspo", sequence, "rows", loss_type="grpo", **level),
+        case("grpo, sequence level, delta, beta", "gspo", {**sequence, "dual_clip": 1.1, "beta": 0.1}, "rows",
+             loss_type="grpo", **level, delta=1.1, **plain_kl),
+        case("dapo, sequence level", "gspo", {**sequence, **by_token}, loss_type="dapo", **level),
+        case("luspo, sequence level", "gspo", {**sequence, **token_sum}, "rows", loss_type="luspo", **level),
+        case("GMPO", "gmpo", {}, "rows", gmpo=True),
+        case("GMPO, beta", "gmpo", {"beta": 0.1}, "rows", gmpo=True, **plain_kl),
+    ]  # fmt: skip
