@@ -33,7 +33,7 @@ def test_verify_passes_for_the_reference() -> None:
     assert result.exit_code == 0, result.output
     assert "16 of 16 agree with float64" in result.output
     assert "cpp: not checked" in result.output
-    assert "14 of 14" in runner.invoke(app, ["verify", "--impl", "cpp", "--dtype", "bfloat16"]).output
+    assert "16 of 16" in runner.invoke(app, ["verify", "--impl", "cpp", "--dtype", "bfloat16"]).output
 
 
 def test_verify_fails_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_verify_fails_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(verify, "verify", lambda *args, **kwargs: wrong)
     result = runner.invoke(app, ["verify", "--impl", "reference", "--dtype", "float64"])
     assert result.exit_code == 1
-    assert "0 of 14 agree with float64" in result.output
+    assert "0 of 16 agree with float64" in result.output
     assert "FAIL" in result.output
 
 

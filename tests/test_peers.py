@@ -297,6 +297,15 @@ def test_trl_multiplies_its_kl_by_the_ratio_by_default(load: Load) -> None:
     assert found["default"].gradient > 1e-3
 
 
+def test_the_masks_of_trl_leave_some_out(load: Load) -> None:
+    """The cases with masks compare something: rows and tokens on either side of TRL's thresholds."""
+    module, batch = load("trl"), make_batch()
+    rows_kept = module.off_policy(batch)["policy_mask"] != 0
+    assert 0 < (~rows_kept & batch.mask.any(1)).sum() < batch.mask.any(1).sum()
+    kept = module.high_entropy(batch)["policy_mask"] & batch.mask
+    assert 0.3 < kept.sum() / batch.mask.sum() < 0.9
+
+
 def test_verl_clamps_its_k3(load: Load) -> None:
     """k3 > 10, from r > 2.6, is constant: where the policy is far from the reference, nothing pulls it back."""
     module, batch = load("verl"), make_batch()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pmpo_kernels.benchmarking.report import wide_console
 from pmpo_kernels.parity import PEERS, TOLERANCE, compare, find_peers, make_batch
 
 
 def check_peers(vocab: int, seed: int) -> NoReturn:
     """Print the table and exit: 0 if all agree, 1 on a disagreement or a failure, 2 if no peer can be called."""
-    console = Console()
+    console = wide_console()
     found = find_peers()
     missing = [f"{peer.distribution}: not compared, {peer.problem}" for peer in found.values() if peer.problem]
     if len(missing) == len(PEERS):

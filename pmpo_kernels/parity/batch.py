@@ -65,6 +65,12 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
+def entropy(batch: Batch) -> Tensor:
+    """Of each token's distribution (B, T)."""
+    log_q = torch.log_softmax(batch.logits[:, :-1], -1)
+    return -(log_q.exp() * log_q).sum(-1)
+
+
 def rows(batch: Batch, part: slice) -> Batch:
     """Some trajectories of a batch, as a micro-batch or the share of a data-parallel rank."""
     return Batch(*(tensor if tensor is batch.weight else tensor[part] for tensor in batch))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pmpo_kernels.api import linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.parity.batch import Batch
+from pmpo_kernels.parity.batch import Batch, make_batch
 
 Source = Literal["logp", "logits", "hidden"]
 # `loss(batch, *leaves)`: a 0-d tensor, differentiable in the leaves.
@@ -46,6 +46,7 @@ class ParityCase:
             "hidden" (B, T + 1, H) and weight (V, H).
         denominator: a name in `DENOMINATORS`, what our call gets as `denominator`.
         rollout: whether both get the batch's `rollout_weights`.
+        given: further arguments of our call, made from the batch.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ParityCase:
     source: Source = "logp"
     denominator: str = "default"
     rollout: bool = False
+    given: Callable[[Batch], dict[str, Tensor]] | None = None
 
     @property
     def config(self) -> LossConfig:
@@ -64,10 +66,15 @@ class ParityCase:
         return config
 
     @property
+    def added(self) -> list[str]:
+        """Names of the further arguments."""
+        return list(self.given(make_batch())) if self.given else []
+
+    @property
     def call(self) -> str:
         """Our configuration and denominator as one reads them in a table."""
         options = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in self.options.items()]
-        text = f"{self.preset}({', '.join(options)})"
+        text = f"{self.preset}({', '.join(options)})" + "".join(f", {name}" for name in self.added)
         return text if self.denominator == "default" else f"{text}, denominator {self.denominator}"
 
     def ours(self, batch: Batch, *leaves: Tensor, impl: str | None = None) -> Tensor:
@@ -82,6 +89,8 @@ class ParityCase:
             "denominator": count and count(batch),
             "impl": impl,
         }
+        if self.given:
+            rest |= self.given(batch)
         given = (batch.old_logp, batch.advantages)
         if self.source == "logp":
             return pmpo_loss_from_logp(leaves[0], *given, **rest).loss

@@ -19,6 +19,7 @@ from pmpo_kernels.parity.cases import ParityCase
 def triton_loss(
     batch: Batch, logits: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2, high: float = 0.2,
     beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0, rollout: bool = False,
+    bias_correction: bool = False,
 ) -> Tensor:  # fmt: skip
     """`triton_grpo_loss`, out of place, reduced (0-d)."""
     value = triton_grpo_loss(
@@ -39,7 +40,7 @@ def triton_loss(
         reduce=True,
         vllm_is_ratio=batch.rollout_weights if rollout else None,
         delta=delta,
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=bias_correction,
         num_items_in_batch=batch.mask.sum() * items,
     )[0]
     assert isinstance(value, Tensor)
@@ -49,7 +50,7 @@ def triton_loss(
 def chunked_loss(
     batch: Batch, hidden: Tensor, weight: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2,
     high: float = 0.2, beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0,
-    rollout: bool = False, chunk_size: int = 1,
+    rollout: bool = False, bias_correction: bool = False, chunk_size: int = 1,
 ) -> Tensor:  # fmt: skip
     """`LigerFusedLinearGRPOLoss`, not compiled (0-d)."""
     function = LigerFusedLinearGRPOLoss(
@@ -64,7 +65,7 @@ def chunked_loss(
         importance_sampling_level=level,
         temperature=temperature,
         delta=delta,
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=bias_correction,
     )
     value = function(
         hidden[:, :-1],
@@ -112,6 +113,8 @@ def cases() -> list[ParityCase]:
         pair("grpo", "grpo", {}, "rows", loss_type="grpo"),
         pair("grpo, delta", "grpo", {"dual_clip": 1.3}, "rows", loss_type="grpo", delta=1.3),
         pair("grpo, beta", "grpo", {"beta": 0.1}, "rows", loss_type="grpo", beta=0.1),
+        pair("grpo, beta, bias correction", "grpo", {"beta": 0.1, "kl_bias_correction": True}, "rows", loss_type="grpo",
+             beta=0.1, bias_correction=True),
         pair("grpo, temperature", "grpo", {**wide, **warm}, "rows", loss_type="grpo", low=0.3, high=0.3, **warm),
         pair("grpo, rollout weights", "grpo", {}, "rows", loss_type="grpo", rollout=True),
         pair("bnpo", "grpo", {"loss_agg_mode": "token-mean"}, loss_type="bnpo"),

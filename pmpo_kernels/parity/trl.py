@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,24 +17,26 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.parity.batch import LENGTHS, Batch
+from pmpo_kernels.parity.batch import LENGTHS, Batch, entropy
 from pmpo_kernels.parity.cases import ParityCase
 
 ACCUMULATION = 4
+OFF_POLICY_THRESHOLD, TOP_ENTROPY = -0.1, 0.6
+Given = Callable[[Batch], dict[str, Tensor]]
 
 
 class GivenLogp(torch.nn.Module):
     """Stands where TRL calls the policy for the log-probs of prompt and completion: a prompt of one token before `logp`."""
 
-    def __init__(self, logp: Tensor) -> None:
+    def __init__(self, logp: Tensor, entropy: Tensor) -> None:
         super().__init__()
-        self.logp = logp
+        self.logp, self.entropy = logp, entropy
 
     def forward(self, **_: Any) -> Any:
         """What TRL reads of a model's output: `log_probs` and `entropy`, each (B, 1 + T)."""
-        logp = torch.nn.functional.pad(self.logp, (1, 0))
+        logp, entropy = (torch.nn.functional.pad(x, (1, 0)) for x in (self.logp, self.entropy))
         output: Any = CausalLMOutput()
-        output.log_probs, output.entropy = logp, torch.zeros_like(logp)
+        output.log_probs, output.entropy = logp, entropy
         return output
 
 
@@ -68,8 +71,9 @@ def trainer(*, gmpo: bool = False, accumulation: int = 1, beta: float = 0.0, **o
     return made
 
 
-def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, rollout: bool = False) -> Tensor:
-    """`_compute_loss` of a trainer (0-d); the generation batch holds `items` times the batch's tokens."""
+def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, rollout: Tensor | None = None) -> Tensor:
+    """`_compute_loss` of a trainer (0-d); the generation batch holds `items` times the batch's tokens. `rollout`: weights (B, T) or
+    (B, 1)."""
     prompt = torch.ones_like(batch.token_ids[:, :1])
     inputs = {
         "prompt_ids": prompt,
@@ -81,26 +85,50 @@ def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, r
         "old_per_token_logps": batch.old_logp,
         "ref_per_token_logps": batch.ref_logp,
     }
-    if rollout:  # what a trainer with a vLLM server has: the option needs the server, its loss does not
+    if rollout is not None:  # what a trainer with a vLLM server has: the option needs the server, its loss does not
         made.use_vllm, made.vllm_importance_sampling_correction = True, True
-        inputs["importance_sampling_ratio"] = batch.rollout_weights
-    value = made._compute_loss(GivenLogp(logp), inputs)
+        inputs["importance_sampling_ratio"] = rollout
+    value = made._compute_loss(GivenLogp(logp, entropy(batch)), inputs)
     assert isinstance(value, Tensor)
     return value
 
 
 def case(
     name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *,
-    items: float = 1.0, rollout: bool = False, **options: Any,
+    items: float = 1.0, rollout: bool = False, given: Given | None = None, **options: Any,
 ) -> ParityCase:  # fmt: skip
     """A case from TRL's options and ours; the trainer is built when the case is run."""
 
     def theirs(batch: Batch, logp: Tensor) -> Tensor:
         if options.get("gmpo"):  # it adds -A of an empty row to the loss
             batch = batch._replace(advantages=torch.where(batch.mask.any(1), batch.advantages, 0))
-        return loss(trainer(**options), batch, logp, items=items, rollout=rollout)
+        weights = batch.rollout_weights if rollout else None
+        if given is row_weights:
+            weights = row_weights(batch)["rollout_weights"][:, None]
+        return loss(trainer(**options), batch, logp, items=items, rollout=weights)
 
-    return ParityCase(name, theirs, preset, ours, "logp", denominator, rollout)
+    return ParityCase(name, theirs, preset, ours, "logp", denominator, rollout, given)
+
+
+def row_weights(batch: Batch) -> dict[str, Tensor]:
+    """Rollout weights of whole rows."""
+    return {"rollout_weights": batch.rollout_weights[:, 0]}
+
+
+def off_policy(batch: Batch) -> dict[str, Tensor]:
+    """The rows that TRL keeps at its threshold."""
+    kept = GRPOTrainer.get_off_policy_mask(
+        batch.advantages[:, None], batch.logp, batch.old_logp, batch.mask.long(), OFF_POLICY_THRESHOLD
+    )
+    assert isinstance(kept, Tensor)
+    return {"policy_mask": kept[:, 0]}
+
+
+def high_entropy(batch: Batch) -> dict[str, Tensor]:
+    """The tokens that TRL keeps at its quantile."""
+    kept = trainer().get_high_entropy_mask(entropy(batch), batch.mask.long(), 1 - TOP_ENTROPY)
+    assert isinstance(kept, Tensor)
+    return {"policy_mask": kept}
 
 
 def cases() -> list[ParityCase]:
@@ -129,6 +157,15 @@ def cases() -> list[ParityCase]:
              loss_type="grpo", **level, delta=1.1, **plain_kl),
         case("dapo, sequence level", "gspo", {**sequence, **by_token}, loss_type="dapo", **level),
         case("luspo, sequence level", "gspo", {**sequence, **token_sum}, "rows", loss_type="luspo", **level),
+        case("grpo, beta, bias correction", "grpo", {"beta": 0.1, "kl_bias_correction": True}, "rows", loss_type="grpo", beta=0.1),
+        case("dapo, beta, bias correction", "dapo", {"beta": 0.1, "kl_bias_correction": True},
+             loss_type="dapo", epsilon_high=0.28, beta=0.1),
+        case("grpo, rollout weights of rows", "grpo", {}, "rows", loss_type="grpo", given=row_weights),
+        case("grpo, off-policy mask, beta", "grpo", {"beta": 0.1}, "rows", loss_type="grpo", **plain_kl,
+             given=off_policy, off_policy_mask_threshold=OFF_POLICY_THRESHOLD),
+        case("grpo, entropy mask", "grpo", {}, "rows", loss_type="grpo", given=high_entropy, top_entropy_quantile=TOP_ENTROPY),
+        case("dapo, entropy mask, beta", "dapo", {"beta": 0.1}, loss_type="dapo", epsilon_high=0.28, **plain_kl,
+             given=high_entropy, top_entropy_quantile=TOP_ENTROPY),
         case("GMPO", "gmpo", {}, "rows", gmpo=True),
         case("GMPO, beta", "gmpo", {"beta": 0.1}, "rows", gmpo=True, **plain_kl),
     ]  # fmt: skip

@@ -92,6 +92,8 @@ def cases() -> list[ParityCase]:
         case("vanilla, rollout weights", "dapo", {}, clip=(0.2, 0.28), rollout=True),
         *(case(f"vanilla, {k}", "grpo", {"beta": 0.1, "kl_estimator": k}, mode=mean, beta=0.1, estimator=k)
           for k in ("k1", "k2", "k3")),
+        *(case(f"vanilla, {k}+", "grpo", {"beta": 0.1, "kl_estimator": k, "kl_straight_through": True},
+               mode=mean, beta=0.1, estimator=f"{k}+") for k in ("k1", "k3")),
         case(f"gspo, {mean}", "gspo", sequence, of="gspo", clip=narrow, mode=mean),
         case("gspo, token-mean", "gspo", {**sequence, **by_token}, of="gspo", clip=narrow),
         case(f"gspo, {mean}, 2 ranks", "gspo", sequence, "1.5 non-empty rows", of="gspo", clip=narrow, mode=mean, scale=3),
