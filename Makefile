@@ -45,7 +45,7 @@ requirements = from importlib.metadata import requires; \
 
 peers: .venv-peers/installed
 	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_peers.py tests/test_parity.py --require-peers
-	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_benchmarks.py -k installed_peers
+	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_benchmarks.py tests/test_benchmark_head.py -k "installed_peers or every_row"
 
 verify: .venv/installed
 	@$(call with_triton,$(BIN)/pmpo-kernels verify)

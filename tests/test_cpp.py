@@ -148,11 +148,17 @@ def test_unknown_ids_give_nan_in_the_gradient() -> None:
 def test_the_sources_name_what_the_reference_names() -> None:
     """Options and statistics in the same order, the solver's limits the same numbers: C++ cannot import them."""
     trajectory, power_mean = ((ROOT / "csrc" / name).read_text() for name in ("trajectory.cpp", "power_mean.h"))
-    options = re.search(r"struct Options \{\s*double ([\w,\s]+);", trajectory)
+    options = re.search(r"struct Options \{(.*?)\n\n", trajectory, re.DOTALL)
+    bounds = re.search(r"struct Bounds \{\s*double ([\w,\s]+);", power_mean)
     statistics = re.search(r"enum Stat \{([\w,\s]+), NUM_STATS", trajectory)
     assert options is not None
+    assert bounds is not None
     assert statistics is not None
-    assert re.findall(r"\w+", options[1]) == list(TrajectoryOptions._fields)
+    fields = []
+    for kind, names in re.findall(r"(double|Bounds) ([\w,\s]+);", options[1]):
+        members = [""] if kind == "double" else [f"_{bound}" for bound in re.findall(r"\w+", bounds[1])]
+        fields += [name + member for name in re.findall(r"\w+", names) for member in members]
+    assert fields == list(TrajectoryOptions._fields)
     assert re.findall(r"\w+", statistics[1].lower()) == list(STATS)
     for name, value in (("MAX_NEWTON_ITERATIONS", MAX_NEWTON_ITERATIONS), ("NEWTON_TOLERANCE", NEWTON_TOLERANCE)):
         found = re.search(rf"{name} = ([\w.-]+);", power_mean)

@@ -245,5 +245,5 @@ def test_triton_gives_tokens_of_no_trajectory_zero_gradient() -> None:
     logp = torch.tensor([-1.0, -2.0, -3.0], device=device)
     offsets, A = torch.tensor([0, 2], device=device), torch.ones(1, device=device)
     options = LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False)
-    dlogp = function(logp, logp - 0.1, A, None, offsets, None, None, None, None, None, options)[0]
+    dlogp = function(logp, logp - 0.1, A, None, offsets, None, None, None, None, None, None, options)[0]
     assert (dlogp != 0).tolist() == [True, True, False]
