@@ -138,7 +138,7 @@ void compute(
   s[ESS_TARGET] = o.rule == FIXED ? s[ESS] : counted > 0 ? k * std::exp(-deficit) : 0;
   if (m.below) s[CLIPPED_LOW] = l.tokens;
   if (m.above) s[CLIPPED_HIGH] = l.tokens;
-  for (int k = 0; k < NUM_STATS; ++k) stats[k * B] = s[k];
+  for (int row = 0; row < NUM_STATS; ++row) stats[row * B] = s[row];
 }
 
 std::tuple<Tensor, Tensor, Tensor> trajectory(

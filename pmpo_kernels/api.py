@@ -29,8 +29,8 @@ class PMPOOutput(NamedTuple):
     """Result of a loss call. Only `loss` carries a gradient; everything else is detached.
 
     `logp` and `entropy` (None if not given to `pmpo_loss_from_logp`) are shaped like the tokens, 0 where masked.
-    `power`, `ess` and `clip_fraction` are (B,) float64: p, effective sample size in tokens (0 for an empty
-    trajectory) and clipped fraction of each trajectory.
+    `power`, `ess` and `clip_fraction` are (B,) float64: p, effective sample size in tokens (0 for a trajectory without
+    tokens in the policy term) and clipped fraction of the response tokens of each trajectory.
     """
 
     loss: Tensor
@@ -115,7 +115,8 @@ def pmpo_loss(
             all tokens of a trajectory alike.
         policy_mask: bool or integer, shaped like token_ids or (B,); zero takes response tokens, such as those of low entropy, or
             trajectories that are too far off-policy, out of the policy term. They still count in the averages, with a term of
-            0, and keep their KL and entropy terms: of k of n tokens the surrogate is A (k/n) M_p, with M_p, p and ESS of the k.
+            0, and keep their KL and entropy terms: of k of n tokens the surrogate is A (k/n) M_p, with M_p, p and ESS of the k
+            (ESS 0 for k = 0). Metrics of the ratios, and clipped fractions, stay those of all n.
         power: p of each trajectory, (B,) or one number; replaces config.power.
         target_ess: (B,) effective sample size in tokens to solve p for; needs config.power "ess". A target out of
             reach gives the nearest end of [power_min, power_max].

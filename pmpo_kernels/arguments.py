@@ -49,16 +49,16 @@ def trajectory_inputs(
         return None if tensor is None else tensor.reshape(-1)
 
     def per_either(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
-        """One value a token, or one a trajectory for all of its tokens."""
-        if not isinstance(value, Tensor) or tuple(value.shape) != (B,) or len(shape) == 1 == B:
-            if isinstance(value, Tensor) and value.shape != shape:
-                expected = f"expected shape {tuple(shape)}, or ({B},) for all tokens of a trajectory"
-                raise ValueError(f"{name}: {expected}, got {tuple(value.shape)}")
+        """One value a token, or one a trajectory for all of its tokens; what has the tokens' shape is the former."""
+        if not isinstance(value, Tensor) or value.shape == shape:
             return per_token(name, value, dtypes)
+        if tuple(value.shape) != (B,):
+            expected = f"expected shape {tuple(shape)}, or ({B},) for all tokens of a trajectory"
+            raise ValueError(f"{name}: {expected}, got {tuple(value.shape)}")
         checks.check_constant(name, value, dtypes=dtypes, device=device, shape=(B,))
         position = torch.arange(tokens.numel(), device=device)
         owner = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
-        return value[owner.clamp(max=B - 1)]
+        return value[owner.clamp(max=B - 1)] if B else value.new_zeros(tokens.numel())
 
     def per_trajectory(name: str, value: object) -> Tensor | None:
         return checks.check_constant(name, value, dtypes=checks.FLOATS, device=device, shape=(B,))
@@ -97,6 +97,7 @@ def trajectory_inputs(
         "rollout_weights": per_either("rollout_weights", rollout_weights, checks.FLOATS),
         "power": per_trajectory("power", power),
         "target_ess": per_trajectory("target_ess", target_ess),
+        "policy_mask": as_bool(per_either("policy_mask", policy_mask, checks.MASKS)),
     }
     _check_values(**checked, denominator=denominator)
     inputs = TrajectoryInputs(
@@ -108,7 +109,7 @@ def trajectory_inputs(
         checked["rollout_weights"],
         checked["power"],
         checked["target_ess"],
-        as_bool(per_either("policy_mask", policy_mask, checks.MASKS)),
+        checked["policy_mask"],
         config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None),
         resolve_impl(impl, device),
     )
@@ -120,11 +121,13 @@ def _check_values(
     rollout_weights: Tensor | None,
     power: Tensor | None,
     target_ess: Tensor | None,
+    policy_mask: Tensor | None,
     denominator: Tensor | None,
 ) -> None:
     """The ranges of tensors whose bad values would only show in the loss, or not at all."""
-    if rollout_weights is not None and mask is not None:
-        rollout_weights = torch.where(mask, rollout_weights, 0)
+    for unread in (mask, policy_mask):
+        if rollout_weights is not None and unread is not None:
+            rollout_weights = torch.where(unread, rollout_weights, 0)
     checks.check_all(
         "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
     )

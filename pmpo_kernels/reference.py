@@ -84,9 +84,10 @@ class Segments:
     """Reductions over the tokens of each trajectory of a flat (N,) tensor, and the way back."""
 
     def __init__(self, cu_seqlens: Tensor, tokens: int) -> None:
-        self.offsets = cu_seqlens.long()
+        self.offsets = cu_seqlens.long().clamp(0, tokens)  # unchecked ones on a GPU read nothing out of bounds
         position = torch.arange(tokens, device=cu_seqlens.device)
-        self.owner = torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)
+        owner = torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)
+        self.owner = owner.clamp(max=max(len(cu_seqlens) - 2, 0))
 
     def sum(self, x: Tensor) -> Tensor:
         return torch.segment_reduce(x, "sum", offsets=self.offsets, unsafe=True)

@@ -133,12 +133,14 @@ def group_advantages(
     order, seg = _by_group(groups, rewards)
     r = r[order]
     n = seg.sum(torch.ones_like(r))
-    centred = r - seg.spread(seg.sum(r) / n)
+    centred = r - seg.spread(seg.sum(r / seg.spread(n)))
     others = (n - 1).clamp(min=1)
     advantages = centred * seg.spread(n / others) if baseline == "leave-one-out" else centred
     if scale == "std":
-        advantages = advantages / (seg.spread(seg.sum(centred**2) / others).sqrt() + delta)
-    equal = seg.max(r) == -seg.max(-r)
+        unit = seg.max(centred.abs())  # squares of large numbers would overflow
+        unit = seg.spread(torch.where(unit > 0, unit, 1))
+        advantages = advantages / (unit * (seg.spread(seg.sum((centred / unit) ** 2) / others)).sqrt() + delta)
+    equal = (seg.max(r) == -seg.max(-r)) & seg.max(r.abs()).isfinite()
     advantages = torch.where(seg.spread(equal), 0, advantages)
     return torch.empty_like(advantages).scatter_(0, order, advantages).to(dtype)
 
@@ -188,7 +190,7 @@ def rollout_weights(
         TypeError, ValueError: a wrong argument; NaN in logp - rollout_logp where mask is true (on the CPU, on a GPU with
             PMPO_KERNELS_CHECK=1). An engine's missing log-prob: put logp there for a weight of 1, or mask the token.
     """
-    high = checks.check_number("high", high)
+    high = checks.check_factor("high", high)
     low = 0.0 if low is None else checks.check_number("low", low)
     if low >= high:
         raise ValueError(f"low: expected a number below high, which is {high}, got {low}")
@@ -198,6 +200,9 @@ def rollout_weights(
     if level != "token":
         n = seg.sum(valid.double()).clamp(min=1) if level == "geometric" else 1
         d = seg.spread(seg.sum(d) / n)
+        checks.check_all(
+            "logp - rollout_logp", d, lambda d: ~d.isnan(), "numbers, without both infinities in a trajectory"
+        )
     log_low, log_high = -math.inf if low == 0 else math.log(low), math.log(high)
     weights = d.clamp(log_low, log_high).exp().clamp(low, high)
     keep = valid if mode == "truncate" else valid & (d >= log_low) & (d <= log_high)

@@ -193,6 +193,23 @@ def test_one_value_a_trajectory(impl: str, device: str, packed: bool) -> None:
     assert torch.equal(grad, grad_zero)
 
 
+def test_what_has_the_tokens_shape_is_per_token(impl: str, device: str) -> None:
+    """Packed, as many trajectories as tokens, one of them empty: a value each token. One trajectory: one for all of its tokens."""
+    logp = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, device=device)
+    A, v = torch.tensor([[1.0, -1.0, 2.0], [2.0, 3.0, 5.0]], dtype=torch.float64, device=device)
+    options = {"config": LossConfig.grpo(clip="none"), "impl": impl}
+    offsets = torch.tensor([0, 2, 2, 3], device=device)
+    out = pmpo_loss_from_logp(logp, logp * 0, A, cu_seqlens=offsets, rollout_weights=v, **options)
+    a = [w * math.exp(x) for w, x in zip(v.tolist(), logp.tolist(), strict=True)]
+    assert out.loss.item() == pytest.approx(-((a[0] + a[1]) / 2 + 2 * a[2]) / 2, rel=1e-14)
+    keep = torch.tensor([True, False, True], device=device)
+    out = pmpo_loss_from_logp(logp, logp * 0, A, cu_seqlens=offsets, policy_mask=keep, **options)
+    assert out.loss.item() == pytest.approx(-(math.exp(0.1) / 2 + 2 * math.exp(0.3)) / 2, rel=1e-14)
+    one = {"cu_seqlens": torch.tensor([0, 3], device=device), **options}
+    out = pmpo_loss_from_logp(logp, logp * 0, A[:1], rollout_weights=v[:1], policy_mask=keep[:1], **one)
+    assert out.loss.item() == pytest.approx(-2 * sum(map(math.exp, logp.tolist())) / 3, rel=1e-14)
+
+
 def test_metrics_by_hand(impl: str, device: str) -> None:
     logp = torch.tensor([[0.5, -0.5, 0.0], [0.1, 0.0, 9.0]], dtype=torch.float64, device=device)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]], device=device)

@@ -23,7 +23,7 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
         options = LossConfig.pmpo(entropy_coef=0.1).trajectory_options(has_power=False, has_target_ess=False)
         offsets = torch.arange(5, device=device) * 4
         flat = [t.flatten() for t in (logp, case.old_logp, case.mask, case.ref_logp, case.rollout_weights, entropy)]
-        return flat[0], flat[1], case.advantages, flat[2], offsets, *flat[3:], None, None, None, list(options)
+        return flat[0], flat[1], case.advantages, flat[2], offsets, *flat[3:], None, None, flat[2], list(options)
     if name == "solve_power":
         l = (logp - case.old_logp).double().flatten()
         return l, case.mask.flatten(), torch.arange(5, device=device) * 4, torch.full((4,), 3.9).double(), 1.0
@@ -47,7 +47,7 @@ def test_opcheck_linear_loss(trained: tuple[bool, ...], max_chunk_tokens: int | 
     flat = [t.flatten() for t in (c.old_logp, c.mask, c.ref_logp, c.rollout_weights)]
     options = LossConfig.pmpo(entropy_coef=0.1, beta=0.1).trajectory_options(has_power=False, has_target_ess=False)
     offsets = torch.arange(0, tokens + 1, tokens // len(c.advantages))
-    inputs = TrajectoryInputs(flat[0], c.advantages, flat[1], offsets, *flat[2:], None, None, None, options, "cpp")
+    inputs = TrajectoryInputs(flat[0], c.advantages, flat[1], offsets, *flat[2:], None, None, flat[1], options, "cpp")
     *constants, _, impl = inputs
     arguments = (*head[:3], c.token_ids, *constants, list(options), impl, torch.tensor(6.0).double())
     settings = HeadOptions(0.9, 3.0, 0.8, torch.bfloat16, list(trained), max_chunk_tokens, False)
@@ -93,7 +93,10 @@ def test_compile_fullgraph(impl: str, device: str, backend: str, inplace: bool) 
 
     def step(logits: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         ids, old_logp, advantages, mask = args
-        out = pmpo_loss(logits * 1.0, ids, old_logp, advantages, mask=mask, config=config, inplace=inplace, impl=impl)
+        further = {"policy_mask": mask & (ids > 1), "rollout_weights": advantages.abs() + 0.5}
+        out = pmpo_loss(
+            logits * 1.0, ids, old_logp, advantages, mask=mask, config=config, inplace=inplace, impl=impl, **further
+        )
         return out.loss, out.metrics
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)

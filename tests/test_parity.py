@@ -165,7 +165,7 @@ def test_verify_peers_without_any_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(parity_peers.importlib.metadata, "version", version)
     monkeypatch.setattr(parity_peers.importlib, "import_module", fails)
-    assert find_peers()["trl"].problem == "trl 0: no pmpo_kernels.parity.trl"
+    assert find_peers()["trl"].problem == "trl 0: ImportError: no pmpo_kernels.parity.trl"
     result = runner.invoke(app, ["verify", "--peers"])
     assert result.exit_code == 2
     assert "no peer can be called here" in result.output

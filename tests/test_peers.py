@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,20 @@ def test_every_peer_is_there(load: Load, name: str) -> None:
 def test_parity(name: str, case: ParityCase, seed: int) -> None:
     agreement = compare(case, make_batch(V=101, seed=seed, device=FOUND[name].device))
     assert agreement.ok, agreement
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_every_option_of_a_case_acts(name: str, case: ParityCase) -> None:
+    """Without one of its options, or one of its further arguments, our side disagrees: the case compares what it says."""
+    batch = make_batch(V=101, device=FOUND[name].device)
+    without = [replace(case, given={k: v for k, v in case.given.items() if k != key}) for key in case.given]
+    for key, value in case.options.items():
+        gone = {key, "max_length"} if key == "loss_agg_mode" else {key}
+        options = {k: v for k, v in case.options.items() if k not in gone}
+        changed = replace(case, options={**options, key: 2 * value} if key == "max_length" else options)
+        without += [changed] if changed.config != case.config else []  # k3 is the default
+    for other in without:
+        assert not compare(other, batch).ok, (other.options, list(other.given))
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -300,9 +315,9 @@ def test_trl_multiplies_its_kl_by_the_ratio_by_default(load: Load) -> None:
 def test_the_masks_of_trl_leave_some_out(load: Load) -> None:
     """The cases with masks compare something: rows and tokens on either side of TRL's thresholds."""
     module, batch = load("trl"), make_batch()
-    rows_kept = module.off_policy(batch)["policy_mask"] != 0
+    rows_kept = module.off_policy(batch) != 0
     assert 0 < (~rows_kept & batch.mask.any(1)).sum() < batch.mask.any(1).sum()
-    kept = module.high_entropy(batch)["policy_mask"] & batch.mask
+    kept = module.high_entropy(batch) & batch.mask
     assert 0.3 < kept.sum() / batch.mask.sum() < 0.9
 
 

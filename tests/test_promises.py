@@ -21,7 +21,8 @@ from pmpo_kernels.verification import Case, oracle, three_part_error, tolerance
 def test_masked_slots_change_no_bit(name: str, impl: str, device: str, poison: float) -> None:
     config = CONFIGURATIONS[name]
     case = small_case(device)
-    out, grad = run(case, config, impl)
+    policy = case.ref_logp < case.old_logp
+    out, grad = run(case, config, impl, policy_mask=policy)
     hidden = ~case.mask
 
     def fill(x: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def test_masked_slots_change_no_bit(name: str, impl: str, device: str, poison: f
         fill(case.logits), torch.where(hidden, -100, case.token_ids), fill(case.old_logp), case.advantages, case.mask,
         fill(case.ref_logp), fill(case.rollout_weights),
     )  # fmt: skip
-    out_bad, grad_bad = run(bad, config, impl)
+    out_bad, grad_bad = run(bad, config, impl, policy_mask=torch.where(hidden, ~policy, policy))
     same_bits(out, out_bad)
     assert torch.equal(grad, grad_bad)
     assert torch.equal(out.logp, out_bad.logp)
@@ -42,11 +43,12 @@ def test_masked_slots_change_no_bit(name: str, impl: str, device: str, poison: f
 def test_packed_equals_padded_bit_for_bit(name: str, impl: str, device: str) -> None:
     config = CONFIGURATIONS[name]
     case = small_case(device)
-    out, grad = run(case, config, impl)
+    policy = case.ref_logp < case.old_logp
+    out, grad = run(case, config, impl, policy_mask=policy)
     keep, lengths = case.mask, case.mask.sum(1)
     packed = Case(*(t[keep] if t.dim() > 1 else t for t in case))
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-    out_packed, grad_packed = run(packed, config, impl, mask=None, cu_seqlens=cu_seqlens)
+    out_packed, grad_packed = run(packed, config, impl, mask=None, cu_seqlens=cu_seqlens, policy_mask=policy[keep])
     same_bits(out, out_packed)
     assert torch.equal(grad[keep], grad_packed)
     assert torch.equal(out.logp[keep], out_packed.logp)

@@ -272,3 +272,17 @@ def test_bad_calls(
 ) -> None:
     with pytest.raises(error, match=message):
         getattr(schedules, name)(*args, **kwargs)
+
+
+def test_group_advantages_of_large_and_infinite_rewards() -> None:
+    """Squares of large rewards do not overflow; infinities (unchecked on a GPU) are not taken for equal rewards."""
+    found = group_advantages(torch.tensor([1e200, 0.0], dtype=torch.float64), 2)
+    assert found.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
+
+
+def test_rollout_weights_of_both_infinities() -> None:
+    logp, other = torch.zeros(1, 2), torch.tensor([[math.inf, -math.inf]])
+    with pytest.raises(ValueError, match="logp - rollout_logp: expected numbers, without both infinities"):
+        rollout_weights(logp, other, level="sequence")
+    with pytest.raises(ValueError, match="high: expected a number from 1e-30 to 1e30, got 1e"):
+        rollout_weights(logp, logp, high=1e39)

@@ -41,4 +41,4 @@ def check_peers(vocab: int, seed: int) -> NoReturn:
         console.print(line)
     agreed = f"[bold]{len(cells) - failed} of {len(cells)} agree with the peers[/bold]"
     console.print(agreed + (", FAILED" if failed else ""))
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if failed or not cells else 0)

@@ -44,12 +44,13 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
+    # first what does not depend on V, so that the same ratios clip at every V
+    d, ref, rollout = RATIO_SD * normal(B, T), REF_SD * normal(B, T), ROLLOUT_SD * normal(B, T)
+    d[:, 1:3] = torch.tensor(WIDE)
     hidden, weight = normal(B, T + 1, HIDDEN_SIZE), normal(V, HIDDEN_SIZE) / HIDDEN_SIZE**0.5
     logits = hidden @ weight.T
     token_ids = torch.randint(V, (B, T), generator=random)
     logp = torch.log_softmax(logits[:, :T].double(), -1).gather(-1, token_ids[..., None])[..., 0].float()
-    d = RATIO_SD * normal(B, T)
-    d[:, 1:3] = torch.tensor(WIDE)
     batch = Batch(
         hidden=hidden,
         weight=weight,
@@ -57,10 +58,10 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
         token_ids=token_ids,
         logp=logp,
         old_logp=logp - d,
-        ref_logp=logp + REF_SD * normal(B, T),
+        ref_logp=logp + ref,
         advantages=torch.tensor(ADVANTAGES),
         mask=torch.arange(T) < torch.tensor(LENGTHS)[:, None],
-        rollout_weights=(ROLLOUT_SD * normal(B, T)).exp(),
+        rollout_weights=rollout.exp(),
     )
     return Batch(*(tensor.to(device) for tensor in batch))
 
@@ -69,6 +70,11 @@ def entropy(batch: Batch) -> Tensor:
     """Of each token's distribution (B, T)."""
     log_q = torch.log_softmax(batch.logits[:, :-1], -1)
     return -(log_q.exp() * log_q).sum(-1)
+
+
+def token_weights(batch: Batch) -> Tensor:
+    """Rollout weights of tokens."""
+    return batch.rollout_weights
 
 
 def rows(batch: Batch, part: slice) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import INTERPRETER, interpreted
-from pmpo_kernels.parity.batch import LENGTHS, Batch
+from pmpo_kernels.parity.batch import LENGTHS, Batch, token_weights
 from pmpo_kernels.parity.cases import ParityCase
 
 
@@ -86,17 +86,18 @@ def pair(
     name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *, rollout: bool = False, **options: Any
 ) -> list[ParityCase]:
     """The same loss from logits and from hidden states."""
-    given = {"rollout": rollout, **options}
+    options["rollout"] = rollout
+    given = {"rollout_weights": token_weights} if rollout else {}
 
     def from_logits(batch: Batch, logits: Tensor) -> Tensor:
-        return triton_loss(batch, logits, **given)
+        return triton_loss(batch, logits, **options)
 
     def from_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
-        return chunked_loss(batch, hidden, weight, chunk_size=3, **given)
+        return chunked_loss(batch, hidden, weight, chunk_size=3, **options)
 
     return [
-        ParityCase(f"{name}, Triton", from_logits, preset, ours, "logits", denominator, rollout),
-        ParityCase(f"{name}, chunked", from_hidden, preset, ours, "hidden", denominator, rollout),
+        ParityCase(f"{name}, Triton", from_logits, preset, ours, "logits", denominator, given),
+        ParityCase(f"{name}, chunked", from_hidden, preset, ours, "hidden", denominator, given),
     ]
 
 

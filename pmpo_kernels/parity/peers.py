@@ -35,8 +35,8 @@ def find_peers() -> dict[str, Peer]:
             continue
         try:
             cases = importlib.import_module(f"pmpo_kernels.parity.{name}").cases()
-        except (ImportError, RuntimeError) as error:
-            found[name] = Peer(distribution, "", [], "", f"{distribution} {version}: {error}")
+        except Exception as error:  # of another package; told, with the reason
+            found[name] = Peer(distribution, "", [], "", f"{distribution} {version}: {type(error).__name__}: {error}")
             continue
         on_gpu = name == "liger" and torch.cuda.is_available() and not interpreted()
         found[name] = Peer(distribution, version, cases, "cuda" if on_gpu else "cpu", "")

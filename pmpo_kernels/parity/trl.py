@@ -17,12 +17,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.parity.batch import LENGTHS, Batch, entropy
+from pmpo_kernels.parity.batch import LENGTHS, Batch, entropy, token_weights
 from pmpo_kernels.parity.cases import ParityCase
 
 ACCUMULATION = 4
 OFF_POLICY_THRESHOLD, TOP_ENTROPY = -0.1, 0.6
-Given = Callable[[Batch], dict[str, Tensor]]
+Made = Callable[[Batch], Tensor]
 
 
 class GivenLogp(torch.nn.Module):
@@ -95,40 +95,41 @@ def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, r
 
 def case(
     name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *,
-    items: float = 1.0, rollout: bool = False, given: Given | None = None, **options: Any,
+    items: float = 1.0, weights: Made | None = None, policy_mask: Made | None = None, **options: Any,
 ) -> ParityCase:  # fmt: skip
     """A case from TRL's options and ours; the trainer is built when the case is run."""
 
     def theirs(batch: Batch, logp: Tensor) -> Tensor:
         if options.get("gmpo"):  # it adds -A of an empty row to the loss
             batch = batch._replace(advantages=torch.where(batch.mask.any(1), batch.advantages, 0))
-        weights = batch.rollout_weights if rollout else None
-        if given is row_weights:
-            weights = row_weights(batch)["rollout_weights"][:, None]
-        return loss(trainer(**options), batch, logp, items=items, rollout=weights)
+        made = weights and weights(batch)
+        rollout = made[:, None] if made is not None and made.dim() == 1 else made
+        return loss(trainer(**options), batch, logp, items=items, rollout=rollout)
 
-    return ParityCase(name, theirs, preset, ours, "logp", denominator, rollout, given)
+    made_of = {"rollout_weights": weights, "policy_mask": policy_mask}
+    given = {argument: make for argument, make in made_of.items() if make is not None}
+    return ParityCase(name, theirs, preset, ours, "logp", denominator, given)
 
 
-def row_weights(batch: Batch) -> dict[str, Tensor]:
+def row_weights(batch: Batch) -> Tensor:
     """Rollout weights of whole rows."""
-    return {"rollout_weights": batch.rollout_weights[:, 0]}
+    return batch.rollout_weights[:, 0]
 
 
-def off_policy(batch: Batch) -> dict[str, Tensor]:
+def off_policy(batch: Batch) -> Tensor:
     """The rows that TRL keeps at its threshold."""
     kept = GRPOTrainer.get_off_policy_mask(
         batch.advantages[:, None], batch.logp, batch.old_logp, batch.mask.long(), OFF_POLICY_THRESHOLD
     )
     assert isinstance(kept, Tensor)
-    return {"policy_mask": kept[:, 0]}
+    return kept[:, 0]
 
 
-def high_entropy(batch: Batch) -> dict[str, Tensor]:
+def high_entropy(batch: Batch) -> Tensor:
     """The tokens that TRL keeps at its quantile."""
     kept = trainer().get_high_entropy_mask(entropy(batch), batch.mask.long(), 1 - TOP_ENTROPY)
     assert isinstance(kept, Tensor)
-    return {"policy_mask": kept}
+    return kept
 
 
 def cases() -> list[ParityCase]:
@@ -146,7 +147,7 @@ def cases() -> list[ParityCase]:
         case("grpo, delta", "grpo", {"dual_clip": 1.3}, "rows", loss_type="grpo", delta=1.3),
         case("grpo, beta", "grpo", {"beta": 0.1}, "rows", loss_type="grpo", **plain_kl),
         case("grpo, accumulation", "grpo", {}, "4 rows", loss_type="grpo", accumulation=ACCUMULATION),
-        case("grpo, rollout weights", "grpo", {}, "rows", loss_type="grpo", rollout=True),
+        case("grpo, rollout weights", "grpo", {}, "rows", loss_type="grpo", weights=token_weights),
         case("bnpo", "grpo", by_token, loss_type="bnpo"),
         case("dr_grpo", "dr_grpo", {"max_length": T}, "rows", loss_type="dr_grpo"),
         case("dapo", "dapo", {}, loss_type="dapo", epsilon_high=0.28),
@@ -160,12 +161,13 @@ def cases() -> list[ParityCase]:
         case("grpo, beta, bias correction", "grpo", {"beta": 0.1, "kl_bias_correction": True}, "rows", loss_type="grpo", beta=0.1),
         case("dapo, beta, bias correction", "dapo", {"beta": 0.1, "kl_bias_correction": True},
              loss_type="dapo", epsilon_high=0.28, beta=0.1),
-        case("grpo, rollout weights of rows", "grpo", {}, "rows", loss_type="grpo", given=row_weights),
+        case("grpo, rollout weights of rows", "grpo", {}, "rows", loss_type="grpo", weights=row_weights),
         case("grpo, off-policy mask, beta", "grpo", {"beta": 0.1}, "rows", loss_type="grpo", **plain_kl,
-             given=off_policy, off_policy_mask_threshold=OFF_POLICY_THRESHOLD),
-        case("grpo, entropy mask", "grpo", {}, "rows", loss_type="grpo", given=high_entropy, top_entropy_quantile=TOP_ENTROPY),
+             policy_mask=off_policy, off_policy_mask_threshold=OFF_POLICY_THRESHOLD),
+        case("grpo, entropy mask", "grpo", {}, "rows", loss_type="grpo",
+             policy_mask=high_entropy, top_entropy_quantile=TOP_ENTROPY),
         case("dapo, entropy mask, beta", "dapo", {"beta": 0.1}, loss_type="dapo", epsilon_high=0.28, **plain_kl,
-             given=high_entropy, top_entropy_quantile=TOP_ENTROPY),
+             policy_mask=high_entropy, top_entropy_quantile=TOP_ENTROPY),
         case("GMPO", "gmpo", {}, "rows", gmpo=True),
         case("GMPO, beta", "gmpo", {"beta": 0.1}, "rows", gmpo=True, **plain_kl),
     ]  # fmt: skip

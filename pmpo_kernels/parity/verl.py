@@ -9,7 +9,7 @@ from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
 from verl.workers.config import ActorConfig
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.parity.batch import LENGTHS, Batch
+from pmpo_kernels.parity.batch import LENGTHS, Batch, token_weights
 from pmpo_kernels.parity.cases import ParityCase
 
 NO_DUAL_CLIP = 1e9  # verl's vanilla loss always has one, at a ratio of 3 by default
@@ -68,7 +68,8 @@ def case(
     def theirs(batch: Batch, logp: Tensor) -> Tensor:
         return loss(of, actor(*clip), batch, logp, rollout=rollout, **options)
 
-    return ParityCase(name, theirs, preset, ours, "logp", denominator, rollout)
+    given = {"rollout_weights": token_weights} if rollout else {}
+    return ParityCase(name, theirs, preset, ours, "logp", denominator, given)
 
 
 def cases() -> list[ParityCase]:
