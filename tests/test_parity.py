@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -160,12 +162,16 @@ def test_verify_peers_without_any_peer(monkeypatch: pytest.MonkeyPatch) -> None:
             return "0"  # installed, but its import fails
         raise parity_peers.importlib.metadata.PackageNotFoundError
 
-    def fails(name: str) -> None:
-        raise ImportError(f"no {name}")
+    really = importlib.import_module
+
+    def fails(name: str, package: str | None = None) -> ModuleType:
+        if name.startswith("pmpo_kernels.parity."):
+            raise AttributeError(f"no {name}")  # of whatever kind, as from a package that does not fit another
+        return really(name, package)
 
     monkeypatch.setattr(parity_peers.importlib.metadata, "version", version)
     monkeypatch.setattr(parity_peers.importlib, "import_module", fails)
-    assert find_peers()["trl"].problem == "trl 0: ImportError: no pmpo_kernels.parity.trl"
+    assert find_peers()["trl"].problem == "trl 0: AttributeError: no pmpo_kernels.parity.trl"
     result = runner.invoke(app, ["verify", "--peers"])
     assert result.exit_code == 2
     assert "no peer can be called here" in result.output
