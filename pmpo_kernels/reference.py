@@ -235,13 +235,11 @@ def kl_penalty(r: Tensor, d: Tensor, o: TrajectoryOptions) -> tuple[Tensor, Tens
     another (by autograd too); with `kl_weighted` times exp(d), which depends on logp too."""
     values = (-r, r * r / 2, torch.expm1(r) - r)
     slopes = (torch.ones_like(r), -r, -torch.expm1(r))
-    value, slope = values[int(o.kl_order) - 1], slopes[int(o.kl_slope_order) - 1]
-    if o.kl_slope_order != o.kl_order:
-        other = values[int(o.kl_slope_order) - 1]
-        value = other + (value - other).detach()
-    if not o.kl_weighted:
-        return value, slope
-    return d.exp() * value, d.exp() * (slope + value)
+    order, slope_order = int(o.kl_order) - 1, int(o.kl_slope_order) - 1
+    value, slope = values[order], slopes[slope_order]
+    if order != slope_order:
+        value = values[slope_order] + (value - values[slope_order]).detach()
+    return (d.exp() * value, d.exp() * (slope + value)) if o.kl_weighted else (value, slope)
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None, valid: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
@@ -32,15 +33,15 @@ class Times(NamedTuple):
     page_faults: int | None
 
 
-class Steps:
+class Steps(ABC):
     """Forward and backward of a function of (leaves..., inputs): which leaves, and how they are restored, is a subclass's."""
 
     inputs: Any
     cuda: bool
 
+    @abstractmethod
     def restore(self) -> tuple[Tensor, ...]:
         """The leaves as at the start: the same cache state for every variant, and not timed."""
-        raise NotImplementedError
 
     def run(self, f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         """(loss, gradient of each leaf)."""
