@@ -1,0 +1,120 @@
+"""With what PyTorch offers around a loss: checkpointing, offloaded tensors, autocast, torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
+from pmpo_kernels.verification import Case, make_case
+
+V, H = 24, 8
+CONFIG = LossConfig.pmpo(full_clip_fraction=0.5, beta=0.1, entropy_coef=0.01)
+
+
+class Model(nn.Module):
+    """Embedding, one layer, LM head: hidden states and logits (B, T, V) of token ids (B, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer, self.head = nn.Embedding(V, H), nn.Linear(H, H), nn.Linear(H, V, bias=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.layer(self.embedding(ids)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(ids))
+        return logits
+
+
+def batch() -> Case:
+    """Log-ratios of some tenths: old and reference log-probs near those of the model."""
+    case = make_case(torch.float32, B=6, T=5, V=V)
+    with torch.no_grad():
+        logp = Model()(case.token_ids.roll(1, 1)).log_softmax(-1).gather(-1, case.token_ids[..., None])[..., 0]
+    noise = 0.25 * torch.randn(2, *logp.shape, generator=torch.Generator().manual_seed(0))
+    return case._replace(old_logp=logp + noise[0], ref_logp=logp + noise[1])
+
+
+def loss(logits: Tensor, case: Case) -> Tensor:
+    given = (case.token_ids, case.old_logp, case.advantages)
+    options = {"mask": case.mask, "ref_logp": case.ref_logp, "config": CONFIG}
+    return pmpo_loss(logits, *given, **options).loss
+
+
+def fused(model: Model, case: Case, hidden: Tensor) -> Tensor:
+    given = (case.token_ids, case.old_logp, case.advantages)
+    options = {"mask": case.mask, "ref_logp": case.ref_logp, "config": CONFIG, "max_chunk_tokens": 8}
+    return linear_pmpo_loss(hidden, model.head.weight, *given, **options).loss
+
+
+def gradients(run: Callable[[Model, Case], Tensor]) -> list[Tensor]:
+    model = Model()
+    run(model, batch()).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def plain(model: Model, case: Case) -> Tensor:
+    return loss(model(case.token_ids.roll(1, 1)), case)
+
+
+def plain_fused(model: Model, case: Case) -> Tensor:
+    return fused(model, case, model.hidden(case.token_ids.roll(1, 1)))
+
+
+def test_gradient_checkpointing() -> None:
+    """The model's forward pass again in the backward pass: the same bits."""
+
+    def logits(model: Model, case: Case) -> Tensor:
+        return loss(checkpoint(model, case.token_ids.roll(1, 1), use_reentrant=False), case)
+
+    def hidden(model: Model, case: Case) -> Tensor:
+        return fused(model, case, checkpoint(model.hidden, case.token_ids.roll(1, 1), use_reentrant=False))
+
+    for run, want in ((logits, plain), (hidden, plain_fused)):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(run), gradients(want), strict=True))
+
+
+@pytest.mark.parametrize("run", [plain, plain_fused])
+def test_saved_tensors_may_go_elsewhere(run: Callable[[Model, Case], Tensor]) -> None:
+    """save_on_cpu, and hooks that keep a copy: the same bits."""
+    want = gradients(run)
+    for context in (save_on_cpu(), saved_tensors_hooks(lambda x: x.clone(), lambda x: x)):
+
+        def hooked(model: Model, case: Case, context: object = context) -> Tensor:
+            with context:
+                return run(model, case)
+
+        assert all(torch.equal(a, b) for a, b in zip(gradients(hooked), want, strict=True))
+
+
+def test_autocast() -> None:
+    """Logits in bfloat16 from a float32 model: gradients in float32, near those without autocast."""
+
+    def cast(model: Model, case: Case) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(model, case)
+
+    for a, b in zip(gradients(cast), gradients(plain), strict=True):
+        assert a.dtype == torch.float32
+        # bfloat16 rounds logits below 1 by 2^-9, hidden states and gradients as much: some per cent of the whole gradient
+        assert (a - b).norm() <= 0.1 * b.norm()
+
+
+@pytest.mark.parametrize("function", ["grad", "vmap"])
+def test_functional_transforms_raise(function: str) -> None:
+    """torch.func cannot go through an operator with a gradient of its own: an error of PyTorch that says so, not a number."""
+    case = batch()
+    z = case.logits.float()
+    transform = {
+        "grad": lambda: torch.func.grad(lambda x: loss(x, case))(z),
+        "vmap": lambda: torch.func.vmap(lambda x: loss(x, case))(z[None]),
+    }
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform[function]()
