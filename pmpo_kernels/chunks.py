@@ -14,7 +14,7 @@ from pmpo_kernels.memory import available_memory
 
 ENOUGH_TOKENS = {"cpu": 1024}
 """Tokens a chunk with which the products run at full speed: 1,024 on a CPU (97 % of the rate at 2,048, 2 cores, float32 and
-bfloat16), elsewhere 4,096."""
+bfloat16), elsewhere 4,096, which is not measured yet."""
 FEWEST_TOKENS = 128
 MEMORY_SHARE = 4  # the logits of a chunk take at most this part of the free memory
 

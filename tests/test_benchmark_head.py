@@ -192,9 +192,12 @@ def test_installed_peers_are_among_the_rows(preset: Preset) -> None:
 def test_the_floor_is_the_three_products(chunk: int) -> None:
     bench = HeadBench(build_head_inputs(SMALL))
     _, dhidden, dweight = bench.run(head_rows.build_products(chunk, SMALL.config))
-    z = bench.hidden.detach() @ bench.weight.detach().t()
-    assert torch.allclose(dhidden, z @ bench.weight.detach(), rtol=1e-4, atol=1e-3)
-    assert torch.allclose(dweight, z.t() @ bench.hidden.detach(), rtol=1e-4, atol=1e-3)
+    h, weight = bench.hidden.detach().double(), bench.weight.detach().double()
+    z, terms = h @ weight.t(), h.abs() @ weight.abs().t()
+    for found, a, b, size in ((dhidden, z, weight, terms @ weight.abs()), (dweight, z.t(), h, terms.t() @ h.abs())):
+        # float32 sums of H terms, and of as many as the second product adds up
+        bound = (h.shape[1] + b.shape[0] + 2) * torch.finfo(torch.float32).eps / 2 * size
+        assert ((found.double() - a @ b).abs() <= bound).all()
 
 
 def scaled(factor: float, where: str, config: LossConfig) -> head_rows.HeadLoss:
