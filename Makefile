@@ -32,7 +32,7 @@ test: .venv/installed
 
 # TRL, verl and Liger have an environment of their own: they pin versions of what the package itself does not. It runs the
 # working tree with the C++ kernels that .venv built.
-requirements = from importlib.metadata import requires; \
+requirements = import sys; sys.path.remove(''); from importlib.metadata import requires; \
 	print(*(r.partition(';')[0] for r in requires('pmpo-kernels') if 'extra' not in r or 'peers' in r or 'test' in r.partition(';')[2]))
 
 .venv-peers/installed: .venv/installed
