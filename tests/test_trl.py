@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -549,3 +553,29 @@ def test_command_line(tmp_path: Path) -> None:
     assert all(len(helps[name]) > 20 for name in own)
     with pytest.raises(SystemExit):
         parser.parse_args_and_config([*line, "--preset", "ppo"])
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # closed again: the port is free
+        port = server.getsockname()[1]
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    program += ["--master-port", str(port), str(Path(__file__).parent / "trl_worker.py"), str(folder)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(torch.load(folder / "gradients.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("preset", ["pmpo", "dapo"])
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp", "fsdp_head"])
+def test_two_ranks_have_the_gradients_of_one(
+    wrapping: str, preset: str, of_two_ranks: dict[str, Any], tmp_path: Path
+) -> None:
+    """DDP; FSDP2 with the LM head among the root's weights; and with the head sharded on its own. Metrics over both ranks."""
+    gradients, metrics = of_two_ranks[f"{wrapping}, {preset}"]
+    made = ours(tmp_path, preset=preset)
+    want = result(made, batch(made))
+    assert_same((want[0], gradients), want)
+    assert metrics == {name: pytest.approx(values[-1], rel=1e-5) for name, values in made._metrics["train"].items()}
