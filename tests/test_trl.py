@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -579,3 +581,20 @@ def test_two_ranks_have_the_gradients_of_one(
     want = result(made, batch(made))
     assert_same((want[0], gradients), want)
     assert metrics == {name: pytest.approx(values[-1], rel=1e-5) for name, values in made._metrics["train"].items()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/trl.md"])
+def test_the_lines_of_the_documentation_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block with TRL, as it stands, with a small model, on a CPU."""
+    monkeypatch.chdir(tmp_path)
+    on_cpu = functools.partialmethod(PMPOConfig.__init__, use_cpu=True, report_to="none", logging_steps=1)
+    monkeypatch.setattr(PMPOConfig, "__init__", on_cpu)
+    text = (Path(__file__).parent.parent / page).read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "integrations.trl" in block]
+    assert len(blocks) == 1
+    names = {"model": llama(), "reward": ones, "dataset": Dataset.from_dict({"prompt": ["1+1="]}), "tokenizer": tokenizer()}
+    exec(compile(blocks[0], page, "exec"), names)
+    rows = [row for row in names["trainer"].state.log_history if "train_loss" in row]
+    assert len(rows) == 1
+    assert math.isfinite(rows[0]["train_loss"])
+    assert isinstance(names["trainer"], PMPOTrainer)
