@@ -10,12 +10,13 @@ from torch import Tensor
 from pmpo_kernels import checks
 from pmpo_kernels.aggregate import metrics
 from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
-from pmpo_kernels.autograd import TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
+from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.linear import LinearLossFunction
 from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.reference import STATS, compute_dtype
+from pmpo_kernels.sharing import ALONE, Sharing, find_sharing
 
 
 class TokenLogp(NamedTuple):
@@ -55,12 +56,21 @@ def token_logp(
 
     Args and errors as in `pmpo_loss`. Saves nothing of the logits' size but the logits themselves.
     """
+    return _token_logp(logits, token_ids, mask, temperature, inplace, impl, None)
+
+
+def _token_logp(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    inplace: bool,
+    impl: str | None,
+    parts: Parts | None,
+) -> TokenLogp:
     checks.check_logits(logits, token_ids)
     temperature = checks.check_factor("temperature", temperature)
-    if not isinstance(inplace, bool):
-        raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
-    if inplace:
-        checks.check_inplace(logits)
+    checks.check_inplace(logits, inplace)
     mask = as_bool(
         checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape)
     )
@@ -69,7 +79,7 @@ def token_logp(
     if logits.dim() == 2:
         logits, token_ids = logits[None], token_ids[None]
         mask = None if mask is None else mask[None]
-    logp, entropy = TokenLogpFunction.apply(logits, token_ids, mask, temperature, inplace, impl)
+    logp, entropy = TokenLogpFunction.apply(logits, token_ids, mask, temperature, inplace, impl, parts)
     return TokenLogp(logp.view(shape), entropy.view(shape))
 
 
@@ -89,6 +99,9 @@ def pmpo_loss(
     config: LossConfig | None = None,
     denominator: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    sequence_split: Split = "contiguous",
     impl: str | None = None,
 ) -> PMPOOutput:
     """Power-mean policy loss of a batch of trajectories, from logits (PMPO, arXiv 2601.22521, and its whole family).
@@ -124,6 +137,14 @@ def pmpo_loss(
         denominator: replaces D of the aggregation (0-d tensor or number > 0). Give the whole step's count to every
             micro-batch or rank and their summed gradients equal those of one big batch.
         inplace: the gradient is written over the logits (no second tensor of their size); a second backward raises.
+        group: ranks among which the vocabulary of the logits is split, in their order, parts of any size; token_ids and all
+            else is the same on all of them. Logits that are a DTensor sharded along V bring their own.
+        mesh: `DeviceMesh` with dimensions among "tp" (as `group`), "cp" (each rank has a part of each trajectory's tokens, and
+            the same number of trajectories), "dp" or several "dp_..." (other trajectories). The loss, p, ESS and metrics are
+            those of the rank's trajectories, whole ones; the loss of the batch is their sum over "dp", its gradient the sum
+            of those of "cp" and "dp". D is that of all trajectories of the mesh. docs/scaling.md.
+        sequence_split: which part of a trajectory a rank of "cp" has: "contiguous", or "zigzag", two of twice as many pieces,
+            one from either end.
         impl: "triton", "cpp", "reference", or None for the fastest that runs on this device.
 
     Returns:
@@ -134,31 +155,36 @@ def pmpo_loss(
     Raises:
         TypeError, ValueError: a wrong argument; names it, what was expected and what was got. The values of
             tensors are checked on the CPU always and on a GPU with PMPO_KERNELS_CHECK=1; unchecked ids give NaN.
-        RuntimeError: the named `impl` cannot run here, with the reason.
+        RuntimeError: the named `impl` cannot run here, with the reason; another rank's arguments are wrong, or it is gone.
     """
-    config = check_config(config)
-    checks.check_logits(logits, token_ids)
+    sharing, (logits,) = find_sharing(group, mesh, sequence_split, logits=(logits, -1))
     # The loss's own arguments are checked before the first kernel starts.
-    inputs, D = trajectory_inputs(
-        "token_ids",
-        token_ids,
-        old_logp=old_logp,
-        advantages=advantages,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        ref_logp=ref_logp,
-        rollout_weights=rollout_weights,
-        policy_mask=policy_mask,
-        power=power,
-        target_ess=target_ess,
-        config=config,
-        denominator=denominator,
-        impl=impl,
+    with sharing.agreement():
+        config = check_config(config)
+        checks.check_logits(logits, token_ids)
+        inputs, D = trajectory_inputs(
+            "token_ids",
+            token_ids,
+            old_logp=old_logp,
+            advantages=advantages,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            ref_logp=ref_logp,
+            rollout_weights=rollout_weights,
+            policy_mask=policy_mask,
+            power=power,
+            target_ess=target_ess,
+            config=config,
+            denominator=denominator,
+            impl=impl,
+        )
+        checks.check_inplace(logits, inplace)
+        sharing.describe(logits.shape[-1], token_ids, inputs)
+    sharing.check_token_ids(token_ids, mask)
+    logp, entropy = _token_logp(
+        logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts
     )
-    logp, entropy = token_logp(
-        logits, token_ids, mask=mask, temperature=config.temperature, inplace=inplace, impl=inputs.impl
-    )
-    return _loss(logp, entropy, inputs, D, config)
+    return _loss(logp, entropy, inputs, D, config, sharing)
 
 
 def pmpo_loss_from_logp(
@@ -176,6 +202,8 @@ def pmpo_loss_from_logp(
     target_ess: Tensor | None = None,
     config: LossConfig | None = None,
     denominator: Tensor | float | None = None,
+    mesh: DeviceMesh | None = None,
+    sequence_split: Split = "contiguous",
     impl: str | None = None,
 ) -> PMPOOutput:
     """`pmpo_loss` for trainers that already have log-probs: `logp` (B, T) or (N,), differentiable.
@@ -241,6 +269,9 @@ def linear_pmpo_loss(
     target_ess: Tensor | None = None,
     config: LossConfig | None = None,
     denominator: Tensor | float | None = None,
+    group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    sequence_split: Split = "contiguous",
     impl: str | None = None,
 ) -> PMPOOutput:
     """`pmpo_loss` from the hidden states before the LM head: the logits of a whole batch never exist.

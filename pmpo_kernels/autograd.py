@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,22 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class Parts(Protocol):
+    """A vocabulary of which each rank has a part; see `distributed.vocabulary`."""
+
+    def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids for the stage `token_logp` and for `dlogits`."""
+        ...
+
+    def combine(
+        self, token_ids: Tensor, mask: Tensor | None, temperature: float, found: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The stage's results for the whole vocabulary from those of each part."""
+        ...
+
+
 class TokenLogpFunction(torch.autograd.Function):
-    """(logits, token_ids, mask, temperature, inplace, impl) -> (logp, entropy), both differentiable."""
+    """(logits, token_ids, mask, temperature, inplace, impl, parts) -> (logp, entropy), both differentiable."""
 
     @staticmethod
     def forward(
@@ -41,9 +55,13 @@ class TokenLogpFunction(torch.autograd.Function):
         temperature: float,
         inplace: bool,
         impl: str,
+        parts: Parts | None,
     ) -> tuple[Tensor, Tensor]:
-        logp, row_max, row_sum, entropy = stage("token_logp", impl)(logits, token_ids, mask, temperature)
-        ctx.save_for_backward(logits, token_ids, mask, row_max, row_sum, entropy)
+        any_ids, targets = (token_ids, token_ids) if parts is None else parts.local_ids(token_ids)
+        found = stage("token_logp", impl)(logits, any_ids, mask, temperature)
+        found = found if parts is None else parts.combine(token_ids, mask, temperature, found)
+        logp, row_max, row_sum, entropy = found
+        ctx.save_for_backward(logits, targets, mask, row_max, row_sum, entropy)
         ctx.temperature, ctx.inplace, ctx.impl = temperature, inplace, impl
         ctx.set_materialize_grads(False)
         return logp, entropy
@@ -52,7 +70,7 @@ class TokenLogpFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogp is None and dentropy is None:
-            return (None,) * 6
+            return (None,) * 7
         try:
             logits, token_ids, mask, row_max, row_sum, entropy = ctx.saved_tensors
         except RuntimeError as error:
@@ -64,8 +82,8 @@ class TokenLogpFunction(torch.autograd.Function):
         if ctx.inplace:
             stage("dlogits_", ctx.impl)(*args)
             torch.autograd.graph.increment_version(logits)  # a second backward now raises
-            return logits.detach(), None, None, None, None, None
-        return stage("dlogits", ctx.impl)(*args), None, None, None, None, None
+            return logits.detach(), *(None,) * 6
+        return stage("dlogits", ctx.impl)(*args), *(None,) * 6
 
 
 class TrajectoryInputs(NamedTuple):

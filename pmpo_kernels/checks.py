@@ -96,8 +96,12 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
     return torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
 
 
-def check_inplace(logits: Tensor) -> None:
-    """`inplace=True` needs rows that do not overlap in memory (nor within themselves)."""
+def check_inplace(logits: Tensor, inplace: object) -> None:
+    """A bool, of which True needs rows that do not overlap in memory (nor within themselves)."""
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
+    if not inplace:
+        return
     dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     overlapping = False
     for i, (stride, _) in enumerate(dims):

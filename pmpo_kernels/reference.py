@@ -39,6 +39,10 @@ STATS = (
 """Rows of the `trajectory` stage's statistics (S, B) float64, in every implementation; sums over a trajectory's tokens."""
 
 
+ELSEWHERE = -(2**31)
+"""The id of a target in another rank's part of the vocabulary, for `dlogits`: the row has no target column here."""
+
+
 # --- stage 1: token_logp ---------------------------------------------------------------------------------------------
 
 
@@ -381,7 +385,8 @@ def dlogits(
         dlogits_j = ( dlogp (1[j = y] - q_j) - dentropy q_j (log q_j + H) ) / temperature
 
     Written to `out` if given, which may be the logits. Rows that are masked, beyond T, or whose dlogp and dentropy are
-    both 0 are exactly 0 and do not depend on the logits.
+    both 0 are exactly 0 and do not depend on the logits. At the id `ELSEWHERE` no column is the target; other ids outside
+    [0, V) give NaN.
     """
     T = token_ids.shape[1]
     g = torch.zeros_like(row_max) if dlogp is None else dlogp
@@ -389,12 +394,13 @@ def dlogits(
     row = (g != 0) | (h != 0)
     row = row if mask is None else row & mask
     known = (token_ids >= 0) & (token_ids < logits.shape[2])
-    g = torch.where(known, g, torch.nan)
+    g = torch.where(known | (token_ids == ELSEWHERE), g, torch.nan)
     z = torch.where(row[..., None], logits[:, :T], 0).to(row_max.dtype)
     log_q = (z - row_max[..., None]) / temperature - row_sum.log()[..., None]
     q = log_q.exp()
     grad = -q * g[..., None] - torch.where(q > 0, q * (log_q + entropy[..., None]), q) * h[..., None]
-    grad = grad.scatter_add(-1, torch.where(known, token_ids, 0)[..., None].long(), g[..., None])
+    at_target = torch.where(token_ids == ELSEWHERE, 0, g)
+    grad = grad.scatter_add(-1, torch.where(known, token_ids, 0)[..., None].long(), at_target[..., None])
     out = torch.empty_like(logits) if out is None else out
     out[:, T:] = 0
     out[:, :T] = torch.where(row[..., None], grad / temperature, 0)

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmpo_kernels.reference import ELSEWHERE
 from pmpo_kernels.triton.launch import OPTIONS, capability, launch_config, on_device, optional, optional_mask, scalar
 from pmpo_kernels.triton.token_logp import exponent
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
+_ELSEWHERE = tl.constexpr(ELSEWHERE)
 
 
 @triton.jit
@@ -85,8 +87,9 @@ def _dlogits_bwd_kernel(
         row_max, row_sum = tl.load(row_max_ptr + row), tl.load(row_sum_ptr + row)
         token_id = tl.load(token_ids_ptr + row)
         known = (token_id >= 0) & (token_id < V)
+        named = known | (token_id == _ELSEWHERE)
         token_id = tl.where(known, token_id, -1).to(tl.int32)
-        target = tl.where(known, dlogp, float("nan")) * inv_temperature.to(dtype)
+        target = tl.where(named, dlogp, float("nan")) * inv_temperature.to(dtype)
         # -q (g + h (log q + H)) with q = exp(x) / row_sum and log q = x - log row_sum
         inv_sum = inv_temperature.to(dtype) / row_sum
         slope = -dentropy * inv_sum

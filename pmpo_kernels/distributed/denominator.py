@@ -1,0 +1,66 @@
+"""What a loss is divided by when its batch is spread over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from pmpo_kernels import checks
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, size
+
+
+def denominator(
+    lengths: Tensor | Sequence[Tensor], config: LossConfig, *, mesh: DeviceMesh | None = None, averaged: bool = False
+) -> Tensor:
+    """The whole step's count for the loss's `denominator`, the same on every rank: gradients then add up to those of one big batch.
+
+    Args:
+        lengths: (B,) integers, the response tokens of each trajectory on this rank, such as `mask.sum(1)` or
+            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, of this rank's part.
+        config: the loss's; its `loss_agg_mode` says what is counted.
+        mesh: the loss's; None for micro-batches alone.
+        averaged: the gradients of the ranks of "dp" and "cp" are averaged later, as DDP and FSDP do it, not added up.
+
+    Returns:
+        0-d float64 on the device of `lengths`, at least 1 before it is divided by the number of averaged ranks.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; RuntimeError on the other ranks then.
+    """
+    ranks = ALONE if mesh is None else find_ranks(None, mesh, "contiguous")._replace(vocabulary=None)
+    with agreement(ranks) as mine:
+        parts = [lengths] if isinstance(lengths, Tensor) else list(lengths)
+        if not parts:
+            raise ValueError("lengths: expected a tensor (B,) or a sequence of them, got an empty sequence")
+        for part in parts:
+            if not isinstance(part, Tensor) or part.dim() != 1:
+                got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"lengths: expected tensors (B,), got {got}")
+            checks.check_tensor("lengths", part, dtypes=checks.INTEGERS, device=parts[0].device, shape=part.shape)
+        if not isinstance(config, LossConfig):
+            raise TypeError(f"config: expected a LossConfig, got {type(config).__name__}")
+        mine.same_trajectories = {"lengths": sum(len(part) for part in parts)}
+    tokens = torch.cat(parts).double()
+    if ranks.sequence is not None:
+        all_reduce(tokens, ranks.sequence, "the sum of the trajectories' lengths")
+    D = reduced(tokens, config, ranks)
+    return D / (size(ranks.sequence) * data_size(ranks)) if averaged else D
+
+
+def data_size(ranks: Ranks) -> int:
+    n = 1
+    for group in ranks.data:
+        n *= size(group)
+    return n
+
+
+def reduced(tokens: Tensor, config: LossConfig, ranks: Ranks) -> Tensor:
+    """`aggregate.default_denominator` of the trajectories of all ranks that share the batch, from this one's tokens (B,)."""
+    count = (tokens.double() if config.loss_agg_mode == "token-mean" else (tokens > 0).double()).sum()
+    for group in ranks.data:
+        all_reduce(count, group, "the sum of the batch's counts")
+    return count.clamp(min=1)

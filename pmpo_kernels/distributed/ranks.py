@@ -1,0 +1,174 @@
+"""Who splits what, and that all ranks agree before the first of them waits for another."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from pmpo_kernels import checks
+
+Split = Literal["contiguous", "zigzag"]
+MESSAGE_BYTES = 1024
+_HOST_GROUPS: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+
+
+class Ranks(NamedTuple):
+    """The groups of this rank: those that share its tokens, its trajectories, and the batch; None or empty where none do."""
+
+    vocabulary: ProcessGroup | None = None
+    sequence: ProcessGroup | None = None
+    data: tuple[ProcessGroup, ...] = ()
+    split: Split = "contiguous"
+
+    def groups(self) -> list[ProcessGroup]:
+        return [group for group in (self.vocabulary, self.sequence, *self.data) if group is not None]
+
+
+ALONE = Ranks()
+
+
+def find_ranks(group: ProcessGroup | None, mesh: DeviceMesh | None, sequence_split: Split) -> Ranks:
+    """From the arguments of a call.
+
+    Raises:
+        TypeError, ValueError: both or wrong ones are given; a dimension of the mesh without a meaning.
+    """
+    checks.check_choice("sequence_split", sequence_split, Split)
+    if group is not None and mesh is not None:
+        raise ValueError("mesh: expected None when group is given, got both")
+    if group is None and mesh is None:
+        return ALONE
+    if group is not None:
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
+        return Ranks(vocabulary=group)
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
+    names = mesh.mesh_dim_names or ()
+    meant = [name for name in names if name in ("tp", "cp") or name == "dp" or name.startswith("dp_")]
+    if not names or len(meant) < len(names):
+        raise ValueError(f'mesh: expected dimensions "tp", "cp", "dp" or "dp_...", got {names or None}')
+    found = {name: mesh.get_group(name) for name in names}
+    data = tuple(group for name, group in found.items() if name.startswith("dp"))
+    return Ranks(found.get("tp"), found.get("cp"), data, sequence_split)
+
+
+def size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+@contextlib.contextmanager
+def taking_part(what: str, group: ProcessGroup) -> Iterator[None]:
+    """A collective; a rank that is gone or late is named for what it is."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"pmpo_kernels: expected all of ranks {ranks} in {what}, got a failure on rank {dist.get_rank()}; another rank has "
+            f"ended, or did not come within the group's timeout: {error}"
+        ) from error
+
+
+def all_gather(x: Tensor, group: ProcessGroup, what: str) -> Tensor:
+    """(R, *x.shape) of all ranks, in their order."""
+    out = x.new_empty(size(group), *x.shape)
+    with taking_part(what, group):
+        dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
+    return out
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, what: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """In place."""
+    with taking_part(what, group):
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def host_group(group: ProcessGroup) -> ProcessGroup:
+    """The same ranks on the hosts' network: what they exchange there waits for no GPU."""
+    if "gloo" in dist.get_backend(group):
+        return group
+    if group not in _HOST_GROUPS:
+        ranks = dist.get_process_group_ranks(group)
+        _HOST_GROUPS[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _HOST_GROUPS[group]
+
+
+def fingerprint(*tensors: Tensor | None) -> int:
+    """Of their values, where values are checked; else 0."""
+    crc = 0
+    for x in tensors:
+        if x is not None and checks.checks_values(x):
+            crc = zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
+    return crc
+
+
+@dataclass
+class Agreement:
+    """What a rank says of itself, numbers by name, and after the exchange what all ranks of each group said, in their order."""
+
+    same_tokens: dict[str, int] = field(default_factory=dict)  # equal on the ranks that split a vocabulary
+    same_trajectories: dict[str, int] = field(default_factory=dict)  # equal on those that split trajectories
+    V: int = 0  # of this rank's part of the vocabulary
+    N: int = 0  # of its part of the tokens, masked ones too
+    vocabularies: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def agreement(ranks: Ranks) -> Iterator[Agreement]:
+    """The checks of a call: an error on one rank is raised on all of them, at the end of the block, instead of a hang later.
+
+    Raises:
+        RuntimeError: another rank's check failed, with its number and message; or ranks that must hold the same hold different
+            things.
+    """
+    mine = Agreement()
+    error: Exception | None = None
+    try:
+        yield mine
+    except Exception as raised:  # told to the others, then raised
+        error = raised
+    told = "" if error is None else f"rank {dist.get_rank() if ranks.groups() else 0}: {type(error).__name__}: {error}"
+    for group in ranks.groups():
+        same = {ranks.vocabulary: mine.same_tokens, ranks.sequence: mine.same_trajectories}.get(group, {})
+        numbers, messages = exchange([mine.V, mine.N, *same.values()], told, group)
+        failed = [message for message in messages if message]
+        if failed and not told:
+            told = failed[0]
+        elif not failed:
+            for i, name in enumerate(same):
+                values = [row[2 + i] for row in numbers]
+                if len(set(values)) > 1:
+                    told = f"{name}: expected the same on ranks {dist.get_process_group_ranks(group)}, got {values}"
+                    break
+            if group is ranks.vocabulary:
+                mine.vocabularies = [row[0] for row in numbers]
+            if group is ranks.sequence:
+                mine.tokens = [row[1] for row in numbers]
+    if error is not None:
+        raise error
+    if told:
+        raise RuntimeError(told)
+
+
+def exchange(numbers: Sequence[int], message: str, group: ProcessGroup) -> tuple[list[list[int]], list[str]]:
+    """Numbers and messages of all ranks. Ranks with a message may have fewer numbers; theirs count as 0."""
+    text = message.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+    room = torch.zeros(16, dtype=torch.int64)
+    room[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
+    parts = torch.cat([room, torch.frombuffer(bytearray(text), dtype=torch.int64)])
+    every = all_gather(parts, host_group(group), "the agreement on the arguments")
+    texts = [bytes(row[16:].view(torch.uint8).tolist()).rstrip(b"\0").decode(errors="replace") for row in every]
+    return every[:, :16].tolist(), texts

@@ -1,0 +1,83 @@
+"""Trajectories whose tokens are split over ranks: every rank gathers the few numbers of each token and does the same with them.
+
+All ranks then hold the same tokens in their natural order, so that p, and everything else, is the same to the bit on all of
+them, and as on one device that has the same log-probs. A rank's gradient is that of its own tokens; nothing is sent back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.distributed.ranks import Split, all_gather, size
+from pmpo_kernels.sharing import Whole
+
+
+class Placed(torch.autograd.Function):
+    """(own (M,), whole (N,), positions (M,)) -> whole, of which `own` is the part at the positions: so flows the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, whole: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        return whole.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (positions,) = ctx.saved_tensors
+        return grad[positions], None, None
+
+
+def chunk_of_token(inputs: TrajectoryInputs, tokens: int, rank: int, ranks: int, split: Split) -> Tensor:
+    """(N,) int64: trajectory x chunks + chunk, by which all ranks' tokens are sorted.
+
+    "contiguous": R chunks a trajectory, rank r has number r. "zigzag": 2 R, rank r has numbers r and 2 R - 1 - r, one after the
+    other, the first half of its tokens and the second.
+    """
+    offsets = inputs.cu_seqlens.long()
+    position = torch.arange(tokens, device=offsets.device)
+    owner = torch.searchsorted(offsets[1:].contiguous(), position, right=True).clamp(max=max(len(offsets) - 2, 0))
+    if split == "contiguous":
+        return owner * ranks + rank
+    begin, end = offsets[:-1][owner], offsets[1:][owner]
+    second = 2 * (position - begin) >= end - begin
+    return owner * 2 * ranks + torch.where(second, 2 * ranks - 1 - rank, rank)
+
+
+def gather_tokens(
+    logp: Tensor,
+    entropy: Tensor | None,
+    inputs: TrajectoryInputs,
+    group: ProcessGroup,
+    split: Split,
+    counts: list[int],
+) -> Whole:
+    """The tokens of all ranks of the group, of which rank r has counts[r]; logp, entropy (N of this rank,)."""
+    R, rank, N = size(group), dist.get_rank(group), logp.numel()
+    chunks = (2 if split == "zigzag" else 1) * R
+    B = inputs.cu_seqlens.numel() - 1
+    named = {"old_logp": inputs.old_logp, "ref_logp": inputs.ref_logp, "rollout_weights": inputs.rollout_weights,
+             "mask": inputs.mask, "policy_mask": inputs.policy_mask}  # fmt: skip
+    constants = {name: x for name, x in named.items() if x is not None}
+    columns = [logp, *([] if entropy is None else [entropy]), *constants.values()]
+    sent = logp.new_full((1 + len(columns), max(counts, default=0)), B * chunks, dtype=torch.float64)
+    sent[0, :N] = chunk_of_token(inputs, N, rank, R, split)  # exact in float64
+    for row, x in zip(sent[1:], columns, strict=True):
+        row[:N] = x.detach()
+    received = all_gather(sent, group, "the gathering of the trajectories' tokens")
+    flat = received.transpose(0, 1).reshape(len(sent), -1)
+    order = flat[0].argsort(stable=True)  # within a chunk by position; what is no token is last
+    flat = flat[:, order[: sum(counts)]]
+    offsets = torch.searchsorted(flat[0].contiguous(), chunks * torch.arange(B + 1, device=logp.device, dtype=torch.float64))
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(len(order), device=order.device)
+    own = slot[rank * sent.shape[1] :][:N]
+    values = iter(flat[1:])
+    whole_logp = Placed.apply(logp, next(values).to(logp.dtype), own)
+    whole_entropy = None if entropy is None else Placed.apply(entropy, next(values).to(entropy.dtype), own)
+    found = {name: value.to(x.dtype) for (name, x), value in zip(constants.items(), values, strict=True)}
+    return Whole(whole_logp, whole_entropy, inputs._replace(cu_seqlens=offsets, **found), own)

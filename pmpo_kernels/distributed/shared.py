@@ -1,0 +1,113 @@
+"""A call that several ranks share: what one device does before and after its kernels, done together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.checks import check_token_ids, checks_values
+from pmpo_kernels.chunks import count_tokens
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.distributed.denominator import reduced
+from pmpo_kernels.distributed.ranks import Agreement, Ranks, agreement, all_reduce, find_ranks, fingerprint
+from pmpo_kernels.distributed.sequence import gather_tokens
+from pmpo_kernels.distributed.vocabulary import Vocabulary
+from pmpo_kernels.sharing import Sharing, Whole
+
+GIVEN = ("old_logp", "mask", "ref_logp", "rollout_weights", "power", "target_ess", "policy_mask")
+
+
+def local_part(name: str, x: DTensor, dim: int) -> tuple[Tensor, ProcessGroup | None]:
+    """This rank's part of a DTensor that is whole, or sharded along `dim` over one dimension of its mesh, and that dimension's group."""
+    dim %= x.dim()
+    sharded = [i for i, placement in enumerate(x.placements) if placement == Shard(dim)]
+    if len(sharded) > 1 or not all(p == Replicate() for i, p in enumerate(x.placements) if i not in sharded):
+        raise ValueError(
+            f"{name}: expected a DTensor sharded along its dimension {dim} over one dimension of its mesh and replicated over others, "
+            f"got placements {x.placements}; of weights that FSDP shards, call the loss within the forward pass of their module"
+        )
+    return x.to_local(), x.device_mesh.get_group(sharded[0]) if sharded else None
+
+
+class Shared(Sharing):
+    """By `ranks`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.agreed = Agreement()
+
+    @classmethod
+    def find(
+        cls, group: Any, mesh: Any, split: Any, tensors: dict[str, tuple[Any, int]]
+    ) -> tuple[Shared, list[Any]]:
+        """From the arguments of a call, and this rank's part of `tensors`, by name with their dimension of the vocabulary."""
+        ranks = find_ranks(group, mesh, split)
+        parts = []
+        for name, (x, dim) in tensors.items():
+            if isinstance(x, DTensor):
+                x, of = local_part(name, x, dim)
+                mine, other = (None if g is None else dist.get_process_group_ranks(g) for g in (of, ranks.vocabulary))
+                if other is not None and mine != other:
+                    raise ValueError(f"{name}: expected to be sharded over ranks {other}, got one over {mine or 'none'}")
+                ranks = ranks._replace(vocabulary=of)
+            parts.append(x)
+        return cls(ranks), parts
+
+    @contextlib.contextmanager
+    def agreement(self) -> Iterator[None]:
+        """See `ranks.agreement`; after the first, the parts of the vocabulary are known."""
+        with agreement(self.ranks) as self.agreed:
+            yield
+        if self.ranks.vocabulary is not None and self.parts is None:
+            self.parts = Vocabulary(self.ranks.vocabulary, self.agreed.vocabularies)
+
+    def describe(self, vocabulary: int, tokens: Tensor, inputs: TrajectoryInputs) -> None:
+        B = inputs.cu_seqlens.numel() - 1
+        given = sum(2**i for i, name in enumerate(GIVEN) if getattr(inputs, name) is not None)
+        of_trajectories = {
+            "number of trajectories": B,
+            "vocabulary": vocabulary,
+            "optional arguments": given,
+            "options": fingerprint(torch.tensor(inputs.options, dtype=torch.float64)),
+            "advantages, power or target_ess": fingerprint(inputs.advantages, inputs.power, inputs.target_ess),
+        }
+        self.agreed.V, self.agreed.N = vocabulary, tokens.numel()
+        self.agreed.same_trajectories = of_trajectories
+        self.agreed.same_tokens = {
+            **{name: value for name, value in of_trajectories.items() if name != "vocabulary"},
+            "number of tokens": tokens.numel(),
+            "token_ids, mask, old_logp or ref_logp": fingerprint(tokens, inputs.mask, inputs.old_logp, inputs.ref_logp),
+        }
+
+    def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
+        if checks_values(token_ids):
+            V = self.agreed.V if self.ranks.vocabulary is None else sum(self.agreed.vocabularies)
+            with agreement(self.ranks):
+                check_token_ids(token_ids, mask, V)
+
+    def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
+        if self.ranks.sequence is None:
+            return Whole(logp, entropy, inputs, None)
+        return gather_tokens(logp, entropy, inputs, self.ranks.sequence, self.ranks.split, self.agreed.tokens)
+
+    def denominator(self, given: Tensor | None, inputs: TrajectoryInputs, config: LossConfig) -> Tensor | None:
+        if given is not None or not self.ranks.data:
+            return given
+        return reduced(count_tokens(inputs), config, self.ranks)
+
+    def sum_over_vocabulary(self, gradient: Tensor) -> None:
+        if self.ranks.vocabulary is not None and gradient.numel():
+            all_reduce(gradient, self.ranks.vocabulary, "the sum of the gradient of the hidden states")
+
+    def everywhere(self, finite: Tensor) -> Tensor:
+        if self.ranks.vocabulary is None:
+            return finite
+        return all_reduce(finite.int(), self.ranks.vocabulary, "the agreement on the loss", dist.ReduceOp.MIN) != 0

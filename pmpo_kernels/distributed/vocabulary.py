@@ -1,0 +1,62 @@
+"""Log-probs and entropies of logits whose vocabulary is split over ranks: a read of the own part, and a few numbers a row.
+
+With m_r, s_r, H_r the maximum, sum and entropy of rank r's part, w_r = s_r exp((m_r - M)/T) / S its share of the probability, and
+M, S the maximum and sum of all parts,
+
+    logp = logp_r + log w_r  on the rank of the target,    H = sum_r w_r (H_r - log w_r),
+
+the chain rule of the entropy, in which nothing large cancels. The gradient of a part needs M, S and H alone.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from pmpo_kernels.distributed.ranks import all_gather
+from pmpo_kernels.reference import ELSEWHERE
+
+
+class Vocabulary(NamedTuple):
+    """The parts of a vocabulary, in the order of the ranks."""
+
+    group: ProcessGroup
+    sizes: list[int]
+
+    @property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(self.sizes)]
+
+    def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids in this rank's part, for the stage `token_logp` (any id where the target is elsewhere) and for `dlogits`."""
+        rank = dist.get_rank(self.group)
+        ids = token_ids.long() - self.starts[rank]
+        here = (ids >= 0) & (ids < self.sizes[rank])
+        return torch.where(here, ids, 0), torch.where(here, ids, ELSEWHERE)
+
+    def combine(
+        self, token_ids: Tensor, mask: Tensor | None, temperature: float, found: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results of the stage of all parts from those of this one: the same bits on every rank."""
+        logp, row_max, row_sum, entropy = all_gather(torch.stack(found), self.group, "the sum over the vocabulary").unbind(1)
+        M = row_max.amax(0)
+        empty = (row_max == -torch.inf) & (M > -torch.inf)  # a part of nothing but -inf
+        log_share = torch.where(empty, -torch.inf, (row_max - M) / temperature + row_sum.log())
+        share = log_share.exp()
+        S = share.sum(0)
+        log_share, share = log_share - S.log(), share / S
+        H = torch.where(share > 0, share * (entropy - log_share), share.clamp(max=0)).sum(0)
+        bounds = torch.tensor(self.starts[1:], device=token_ids.device)
+        owner = torch.searchsorted(bounds, token_ids.long(), right=True)
+        unknown = (token_ids < 0) | (owner == len(self.sizes))
+        owner = torch.where(unknown, 0, owner)[None]
+        logp = (logp.gather(0, owner) + log_share.gather(0, owner))[0]
+        logp = torch.where(unknown, torch.nan, logp)
+        if mask is not None:
+            logp, M, S, H = (torch.where(mask, x, other) for x, other in ((logp, 0), (M, 0), (S, 1), (H, 0)))
+        return logp, M, S, H
