@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,17 @@ from pmpo_kernels import checks
 from pmpo_kernels.aggregate import metrics
 from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
 from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
+from pmpo_kernels.chunks import count_tokens
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.linear import LinearLossFunction
 from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.reference import STATS, compute_dtype
-from pmpo_kernels.sharing import ALONE, Sharing, find_sharing
+from pmpo_kernels.sharing import ALONE, Sharing, Split
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class TokenLogp(NamedTuple):
@@ -157,7 +162,7 @@ def pmpo_loss(
             tensors are checked on the CPU always and on a GPU with PMPO_KERNELS_CHECK=1; unchecked ids give NaN.
         RuntimeError: the named `impl` cannot run here, with the reason; another rank's arguments are wrong, or it is gone.
     """
-    sharing, (logits,) = find_sharing(group, mesh, sequence_split, logits=(logits, -1))
+    sharing, (logits,) = _find_sharing(group, mesh, sequence_split, logits=(logits, -1))
     # The loss's own arguments are checked before the first kernel starts.
     with sharing.agreement():
         config = check_config(config)
@@ -180,10 +185,8 @@ def pmpo_loss(
         )
         checks.check_inplace(logits, inplace)
         sharing.describe(logits.shape[-1], token_ids, inputs)
-    sharing.check_token_ids(token_ids, mask)
-    logp, entropy = _token_logp(
-        logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts
-    )
+    sharing.check_token_ids(token_ids, inputs.mask)
+    logp, entropy = _token_logp(logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts)
     return _loss(logp, entropy, inputs, D, config, sharing)
 
 
@@ -211,35 +214,40 @@ def pmpo_loss_from_logp(
     `entropy`, shaped like logp and differentiable, is required by config.entropy_coef != 0, otherwise only a metric.
     config.temperature belongs to the logits and must be 1 here. All else as in `pmpo_loss`.
     """
-    config = check_config(config)
-    if config.temperature != 1.0:
-        raise ValueError(f"config.temperature: expected 1 for a loss from log-probs, got {config.temperature}")
-    if not isinstance(logp, Tensor):
-        raise TypeError(f"logp: expected a tensor, got {type(logp).__name__}")
-    if logp.dim() not in (1, 2):
-        raise ValueError(f"logp: expected shape (B, T) or (N,), got {tuple(logp.shape)}")
-    checks.check_tensor("logp", logp, dtypes=checks.FLOATS, device=logp.device, shape=logp.shape)
-    if entropy is not None:
-        checks.check_tensor("entropy", entropy, dtypes=checks.FLOATS, device=logp.device, shape=logp.shape)
-    elif config.entropy_coef:
-        raise ValueError(f"entropy: expected a tensor because config.entropy_coef is {config.entropy_coef}, got None")
-    inputs, D = trajectory_inputs(
-        "logp",
-        logp,
-        old_logp=old_logp,
-        advantages=advantages,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        ref_logp=ref_logp,
-        rollout_weights=rollout_weights,
-        policy_mask=policy_mask,
-        power=power,
-        target_ess=target_ess,
-        config=config,
-        denominator=denominator,
-        impl=impl,
-    )
-    out = _loss(logp, entropy, inputs, D, config)
+    sharing, (logp,) = _find_sharing(None, mesh, sequence_split, logp=(logp, -1))
+    with sharing.agreement():
+        config = check_config(config)
+        if config.temperature != 1.0:
+            raise ValueError(f"config.temperature: expected 1 for a loss from log-probs, got {config.temperature}")
+        if not isinstance(logp, Tensor):
+            raise TypeError(f"logp: expected a tensor, got {type(logp).__name__}")
+        if logp.dim() not in (1, 2):
+            raise ValueError(f"logp: expected shape (B, T) or (N,), got {tuple(logp.shape)}")
+        checks.check_tensor("logp", logp, dtypes=checks.FLOATS, device=logp.device, shape=logp.shape)
+        if entropy is not None:
+            checks.check_tensor("entropy", entropy, dtypes=checks.FLOATS, device=logp.device, shape=logp.shape)
+        elif config.entropy_coef:
+            raise ValueError(
+                f"entropy: expected a tensor because config.entropy_coef is {config.entropy_coef}, got None"
+            )
+        inputs, D = trajectory_inputs(
+            "logp",
+            logp,
+            old_logp=old_logp,
+            advantages=advantages,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            ref_logp=ref_logp,
+            rollout_weights=rollout_weights,
+            policy_mask=policy_mask,
+            power=power,
+            target_ess=target_ess,
+            config=config,
+            denominator=denominator,
+            impl=impl,
+        )
+        sharing.describe(0, logp, inputs)
+    out = _loss(logp, entropy, inputs, D, config, sharing)
     if mask is None:
         return out
     keep = mask != 0
@@ -304,39 +312,45 @@ def linear_pmpo_loss(
 
     All other arguments, the result, the metrics and the errors are those of `pmpo_loss`.
     """
-    config = check_config(config)
-    dtype = checks.check_head(hidden, weight, bias, token_ids)
-    if not isinstance(skip_zero_advantage, bool):
-        raise TypeError(f"skip_zero_advantage: expected a bool, got {type(skip_zero_advantage).__name__}")
-    if max_chunk_tokens is not None:
-        checks.check_count("max_chunk_tokens", max_chunk_tokens)
-    if logit_softcap is not None:
-        logit_softcap = checks.check_factor("logit_softcap", logit_softcap)
-    logit_scale = checks.check_factor("logit_scale", logit_scale)
-    if logit_softcap is None:
-        checks.check_factor("config.temperature / logit_scale", config.temperature / logit_scale)
-    else:
-        checks.check_factor("logit_scale / logit_softcap", logit_scale / logit_softcap)
-    inputs, D = trajectory_inputs(
-        "token_ids",
-        token_ids,
-        old_logp=old_logp,
-        advantages=advantages,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        ref_logp=ref_logp,
-        rollout_weights=rollout_weights,
-        policy_mask=policy_mask,
-        power=power,
-        target_ess=target_ess,
-        config=config,
-        denominator=denominator,
-        impl=impl,
-    )
+    sharing, (weight, bias) = _find_sharing(group, mesh, sequence_split, weight=(weight, 0), bias=(bias, 0))
+    with sharing.agreement():
+        config = check_config(config)
+        dtype = checks.check_head(hidden, weight, bias, token_ids)
+        if not isinstance(skip_zero_advantage, bool):
+            raise TypeError(f"skip_zero_advantage: expected a bool, got {type(skip_zero_advantage).__name__}")
+        if max_chunk_tokens is not None:
+            checks.check_count("max_chunk_tokens", max_chunk_tokens)
+        if logit_softcap is not None:
+            logit_softcap = checks.check_factor("logit_softcap", logit_softcap)
+        logit_scale = checks.check_factor("logit_scale", logit_scale)
+        if logit_softcap is None:
+            checks.check_factor("config.temperature / logit_scale", config.temperature / logit_scale)
+        else:
+            checks.check_factor("logit_scale / logit_softcap", logit_scale / logit_softcap)
+        inputs, D = trajectory_inputs(
+            "token_ids",
+            token_ids,
+            old_logp=old_logp,
+            advantages=advantages,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            ref_logp=ref_logp,
+            rollout_weights=rollout_weights,
+            policy_mask=policy_mask,
+            power=power,
+            target_ess=target_ess,
+            config=config,
+            denominator=denominator,
+            impl=impl,
+        )
+        sharing.describe(weight.shape[0], token_ids, inputs)
+    sharing.check_token_ids(token_ids, inputs.mask)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     skips = skip_zero_advantage and not config.beta and not config.entropy_coef
     head = HeadOptions(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
-    loss, stats, D, logp, entropy = LinearLossFunction.apply(hidden, weight, bias, token_ids, inputs, D, config, head)
+    loss, stats, D, logp, entropy = LinearLossFunction.apply(
+        hidden, weight, bias, token_ids, inputs, D, config, head, sharing
+    )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     if not skips:
         return _output(loss, stats, D, logp, entropy, inputs)
@@ -346,11 +360,18 @@ def linear_pmpo_loss(
 
 
 def _loss(
-    logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs, denominator: Tensor | None, config: LossConfig
+    logp: Tensor,
+    entropy: Tensor | None,
+    inputs: TrajectoryInputs,
+    denominator: Tensor | None,
+    config: LossConfig,
+    sharing: Sharing,
 ) -> PMPOOutput:
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
-    loss, stats, D = TrajectoryFunction.apply(logp.reshape(-1).to(dtype), flat_entropy, inputs, denominator, config)
+    whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, inputs)
+    denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), config)
+    loss, stats, D = TrajectoryFunction.apply(whole.logp, whole.entropy, whole.inputs, denominator, config)
     entropy = None if entropy is None else entropy.detach()
     return _output(loss, stats, D, logp.detach(), entropy, inputs)
 
@@ -375,3 +396,16 @@ def _output(
     )
     clip_fraction = (row["clipped_low"] + row["clipped_high"]) / row["tokens"].clamp(min=1)
     return PMPOOutput(loss, found, logp, entropy, row["power"], row["ess"], clip_fraction)
+
+
+def _find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[Any, int]) -> tuple[Sharing, list[Any]]:
+    """Who shares a call, from its arguments, and this rank's part of `tensors`: each with its dimension of the vocabulary, along
+    which a DTensor may be sharded."""
+    sharded = "logits" in tensors and hasattr(tensors["logits"][0], "device_mesh")  # a weight may be FSDP's: it needs a group
+    if group is None and mesh is None and not sharded:
+        if sequence_split != "contiguous":
+            raise ValueError(f"sequence_split: expected 'contiguous' without a mesh, got {sequence_split!r}")
+        return ALONE, [x for x, _ in tensors.values()]
+    from pmpo_kernels.distributed.shared import Shared  # torch.distributed is not part of every PyTorch
+
+    return Shared.find(group, mesh, sequence_split, tensors)

@@ -23,6 +23,7 @@ from pmpo_kernels.config import LossConfig, TrajectoryOptions
 from pmpo_kernels.ops import LIBRARY, stage
 from pmpo_kernels.projection import HeadOptions, Projection, row_bytes, zero_gradients
 from pmpo_kernels.reference import STATS, compute_dtype
+from pmpo_kernels.sharing import ALONE, Sharing
 
 SCALE_BLOCK = 2**22  # elements of a 16-bit gradient that are scaled in float32 at a time
 
@@ -31,16 +32,23 @@ class LinearLoss:
     """One pass over the chunks. `projection` holds the logits of one and sums up the gradients."""
 
     def __init__(
-        self, projection: Projection, token_ids: Tensor, inputs: TrajectoryInputs, work: Work, denominator: Tensor
+        self,
+        projection: Projection,
+        token_ids: Tensor,
+        inputs: TrajectoryInputs,
+        work: Work,
+        denominator: Tensor,
+        sharing: Sharing,
     ) -> None:
         self.projection, self.token_ids, self.inputs, self.work = projection, token_ids, inputs, work
+        self.sharing = sharing
         self.denominator, self.impl = denominator, inputs.impl
         self.dtype = compute_dtype(projection.head.dtype)
         N, B = token_ids.numel(), work.tokens.numel()
         self.logp = token_ids.new_zeros(N, dtype=self.dtype)
         self.entropy = torch.zeros_like(self.logp)
         self.stats = token_ids.new_zeros(len(STATS), B, dtype=torch.float64)
-        self.stats[STATS.index("tokens")] = work.tokens.double()
+        self.stats[STATS.index("tokens")] = sharing.whole_lengths(work.tokens).double()
         self.largest = self.stats.new_zeros(())
 
     def run(self, chunks: list[slice], limit: int) -> None:
@@ -79,12 +87,16 @@ class LinearLoss:
     def token_logp(self, rows: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Hidden states (M, H) and ids of tokens, and the results of the stage (M,); the logits stay in the projection."""
         h, z = self.projection.project(rows)
-        ids = self.token_ids[rows]
-        found = stage("token_logp", self.impl)(z[None], ids[None], None, self.projection.temperature)
-        return h, ids, [x[0] for x in found]
+        ids, parts, temperature = self.token_ids[rows][None], self.sharing.parts, self.projection.temperature
+        any_ids, targets = (ids, ids) if parts is None else parts.local_ids(ids)
+        found = stage("token_logp", self.impl)(z[None], any_ids, None, temperature)
+        found = found if parts is None else parts.combine(ids, None, temperature, found)
+        return h, targets[0], [x[0] for x in found]
 
     def trajectory(self, rows: Tensor, chunk: slice, begin: int) -> tuple[Tensor, Tensor]:
         """Coefficients of the tokens' logp and entropy (M,) over D, of whole trajectories."""
+        if self.sharing.splits_trajectories:
+            return self.over_denominator(*self.shared_trajectories(rows))
         i, who = self.inputs, self.work.trajectories[chunk]
         offsets = self.work.ends[chunk.start : chunk.stop + 1] - begin
 
@@ -99,7 +111,26 @@ class LinearLoss:
             self.logp[rows], old_logp, A, None, offsets, ref_logp, rollout_weights, self.entropy[rows], power,
             target_ess, policy_mask, list(i.options),
         )  # fmt: skip
-        if len(rows):
+        return self.over_denominator(dlogp, dentropy)
+
+    def shared_trajectories(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where other ranks have the rest of each trajectory's tokens."""
+        valid = torch.zeros_like(self.token_ids, dtype=torch.bool)
+        valid[rows] = True
+        whole = self.sharing.gather(self.logp, self.entropy, self.inputs._replace(mask=valid))
+        i, tokens = whole.inputs, self.stats[STATS.index("tokens")].clone()
+        dlogp, dentropy, stats = stage("trajectory", self.impl)(
+            whole.logp, i.old_logp, i.advantages, i.mask, i.cu_seqlens, i.ref_logp, i.rollout_weights, whole.entropy,
+            i.power, i.target_ess, i.policy_mask, list(i.options),
+        )  # fmt: skip
+        self.stats = torch.where(self.work.skipped, 0, stats)
+        self.stats[STATS.index("tokens")] = tokens
+        own = rows if whole.own is None else whole.own[rows]
+        return dlogp[own], dentropy[own] if dentropy.numel() else dentropy
+
+    def over_denominator(self, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor]:
+        """What the trajectory stage gave, float64, over D and in the gradient's dtype."""
+        if len(dlogp):
             self.largest = torch.maximum(self.largest, torch.linalg.vector_norm(dlogp, torch.inf))
         scale = 1 / self.denominator
         dlogp, dentropy = (dlogp * scale).to(self.dtype), (dentropy * scale).to(self.dtype)
@@ -167,23 +198,33 @@ def unpack_arguments(arguments: tuple[Any, ...]) -> tuple[TrajectoryInputs, Tens
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *arguments: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    *arguments: Any,
+    sharing: Sharing = ALONE,
 ) -> tuple[Tensor, ...]:
-    """The operator: gradients of the loss (float32 at least for weight and bias, empty where not wanted), the largest
-    |coefficient of a token| times the denominator, logp and entropy (N,), and stats (S, B)."""
+    """The operator, on one device: gradients of the loss (float32 at least for weight and bias, empty where not wanted), the
+    largest |coefficient of a token| times the denominator, logp and entropy (N,), and stats (S, B)."""
     inputs, denominator, head = unpack_arguments(arguments)
     ids, V = token_ids.reshape(-1), weight.shape[0]
-    check_token_ids(token_ids, None if inputs.mask is None else inputs.mask.view(token_ids.shape), V)
+    if sharing.parts is None:
+        check_token_ids(token_ids, None if inputs.mask is None else inputs.mask.view(token_ids.shape), V)
     with torch.autocast(hidden.device.type, enabled=False):  # its casts are those to `head.dtype`
         work = find_work(ids, inputs, head.skip_zero_advantage)
         limit = head.max_chunk_tokens
         if limit is None:
             limit = default_chunk_tokens(max(work.lengths, default=0), row_bytes(V, head), hidden.device)
+        limit = sharing.smallest(limit)
         chunks = list(pack(work.lengths, limit))
+        if sharing.splits_trajectories:  # the loss of none is known before all log-probs are
+            chunks = [slice(0, len(work.lengths))]
         size = max((min(sum(work.lengths[chunk]), limit) for chunk in chunks), default=0)
         projection = Projection(hidden, weight, bias, head, token_ids.shape[-1], size)
-        loss = LinearLoss(projection, ids, inputs, work, denominator)
+        loss = LinearLoss(projection, ids, inputs, work, denominator, sharing)
         loss.run(chunks, limit)
+        sharing.sum_over_vocabulary(projection.dhidden)
     return *projection.gradients, loss.largest, loss.logp, loss.entropy, loss.stats
 
 
@@ -221,8 +262,8 @@ def scales_nothing(grad_loss: Tensor) -> bool:
 
 
 class LinearLossFunction(torch.autograd.Function):
-    """(hidden, weight, bias, token_ids, inputs, denominator, config, head) -> (loss, stats, denominator, logp, entropy); the
-    loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass scales."""
+    """(hidden, weight, bias, token_ids, inputs, denominator, config, head, sharing) -> (loss, stats, denominator, logp, entropy);
+    the loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass scales."""
 
     @staticmethod
     def forward(
@@ -235,13 +276,17 @@ class LinearLossFunction(torch.autograd.Function):
         denominator: Tensor | None,
         config: LossConfig,
         head: HeadOptions,
+        sharing: Sharing,
     ) -> tuple[Tensor, ...]:
+        denominator = sharing.denominator(denominator, lambda: sharing.whole_lengths(count_tokens(inputs)), config)
         if denominator is None:
-            denominator = default_denominator(count_tokens(inputs).double(), config)
+            denominator = default_denominator(sharing.whole_lengths(count_tokens(inputs)).double(), config)
         denominator = denominator.clone()
-        *gradients, largest, logp, entropy, stats = torch.ops.pmpo_kernels.linear_loss(
-            hidden, weight, bias, token_ids, *pack_arguments(inputs, denominator, head)
-        )
+        arguments = (hidden, weight, bias, token_ids, *pack_arguments(inputs, denominator, head))
+        if sharing is ALONE:
+            *gradients, largest, logp, entropy, stats = torch.ops.pmpo_kernels.linear_loss(*arguments)
+        else:
+            *gradients, largest, logp, entropy, stats = linear_loss(*arguments, sharing=sharing)
         ctx.dtypes = [
             x.dtype if x is not None and wanted else None
             for x, wanted in zip((hidden, weight, bias), head.gradients, strict=True)
@@ -259,15 +304,15 @@ class LinearLossFunction(torch.autograd.Function):
         for g, dtype in zip(gradients, ctx.dtypes, strict=True):
             if dtype is not None and g.numel():
                 finite.append(torch.linalg.vector_norm(g, torch.inf) <= torch.finfo(dtype).max)
-        loss = torch.where(torch.stack(finite).all(), loss, loss + torch.inf)
+        loss = torch.where(sharing.everywhere(torch.stack(finite).all()), loss, loss + torch.inf)
         return loss, stats, denominator, logp, entropy
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         if scales_nothing(grad_loss):
-            return *(None if dtype is None else g.to(dtype) for g, dtype in saved), *(None,) * 5
-        return *(None if dtype is None else scaled(g, dtype, grad_loss) for g, dtype in saved), *(None,) * 5
+            return *(None if dtype is None else g.to(dtype) for g, dtype in saved), *(None,) * 6
+        return *(None if dtype is None else scaled(g, dtype, grad_loss) for g, dtype in saved), *(None,) * 6

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from pmpo_kernels.autograd import Parts, TrajectoryInputs
 from pmpo_kernels.config import LossConfig
+
+Split = Literal["contiguous", "zigzag"]
 
 
 class Whole(NamedTuple):
@@ -24,6 +27,7 @@ class Sharing:
     """One device; `distributed.shared.Shared` is several."""
 
     parts: Parts | None = None  # of the vocabulary
+    splits_trajectories = False
 
     def agreement(self) -> contextlib.AbstractContextManager[object]:
         """Around checks: what one rank raises there is raised on all."""
@@ -39,9 +43,17 @@ class Sharing:
         """Whole trajectories from this rank's tokens (N,)."""
         return Whole(logp, entropy, inputs, None)
 
-    def denominator(self, given: Tensor | None, inputs: TrajectoryInputs, config: LossConfig) -> Tensor | None:
-        """D of the trajectories of all ranks, from this one's whole ones; None for those at hand."""
+    def whole_lengths(self, tokens: Tensor) -> Tensor:
+        """Response tokens of whole trajectories (B,) from those of this rank's part."""
+        return tokens
+
+    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], config: LossConfig) -> Tensor | None:
+        """D of the trajectories of all ranks, from the tokens (B,) of this one's whole ones; None for those at hand."""
         return given
+
+    def smallest(self, number: int) -> int:
+        """On the ranks that share the tokens."""
+        return number
 
     def sum_over_vocabulary(self, gradient: Tensor) -> None:
         """The gradient of what all parts of the vocabulary read, in place."""
@@ -52,16 +64,3 @@ class Sharing:
 
 
 ALONE = Sharing()
-
-
-def find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[Any, int]) -> tuple[Sharing, list[Any]]:
-    """Who shares a call, from its arguments, and this rank's part of `tensors`: each with its dimension of the vocabulary, along
-    which a DTensor may be sharded."""
-    sharded = any(hasattr(x, "device_mesh") for x, _ in tensors.values())
-    if group is None and mesh is None and not sharded:
-        if sequence_split != "contiguous":
-            raise ValueError(f"sequence_split: expected 'contiguous' without a mesh, got {sequence_split!r}")
-        return ALONE, [x for x, _ in tensors.values()]
-    from pmpo_kernels.distributed.shared import Shared  # torch.distributed is not part of every PyTorch
-
-    return Shared.find(group, mesh, sequence_split, tensors)

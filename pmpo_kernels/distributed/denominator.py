@@ -20,7 +20,8 @@ def denominator(
 
     Args:
         lengths: (B,) integers, the response tokens of each trajectory on this rank, such as `mask.sum(1)` or
-            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, of this rank's part.
+            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, of this
+            rank's part.
         config: the loss's; its `loss_agg_mode` says what is counted.
         mesh: the loss's; None for micro-batches alone.
         averaged: the gradients of the ranks of "dp" and "cp" are averaged later, as DDP and FSDP do it, not added up.

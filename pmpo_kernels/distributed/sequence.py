@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from pmpo_kernels.autograd import TrajectoryInputs
-from pmpo_kernels.distributed.ranks import Split, all_gather, size
-from pmpo_kernels.sharing import Whole
+from pmpo_kernels.autograd import TrajectoryInputs, first_order
+from pmpo_kernels.distributed.ranks import all_gather, size
+from pmpo_kernels.sharing import Split, Whole
 
 
 class Placed(torch.autograd.Function):
@@ -27,6 +27,7 @@ class Placed(torch.autograd.Function):
         return whole.clone()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (positions,) = ctx.saved_tensors
         return grad[positions], None, None
@@ -72,7 +73,9 @@ def gather_tokens(
     flat = received.transpose(0, 1).reshape(len(sent), -1)
     order = flat[0].argsort(stable=True)  # within a chunk by position; what is no token is last
     flat = flat[:, order[: sum(counts)]]
-    offsets = torch.searchsorted(flat[0].contiguous(), chunks * torch.arange(B + 1, device=logp.device, dtype=torch.float64))
+    offsets = torch.searchsorted(
+        flat[0].contiguous(), chunks * torch.arange(B + 1, device=logp.device, dtype=torch.float64)
+    )
     slot = torch.empty_like(order)
     slot[order] = torch.arange(len(order), device=order.device)
     own = slot[rank * sent.shape[1] :][:N]

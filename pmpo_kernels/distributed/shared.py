@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.checks import check_token_ids, checks_values
-from pmpo_kernels.chunks import count_tokens
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.denominator import reduced
-from pmpo_kernels.distributed.ranks import Agreement, Ranks, agreement, all_reduce, find_ranks, fingerprint
+from pmpo_kernels.distributed.ranks import Agreement, Ranks, agreement, all_reduce, find_ranks, fingerprint, host_group
 from pmpo_kernels.distributed.sequence import gather_tokens
 from pmpo_kernels.distributed.vocabulary import Vocabulary
 from pmpo_kernels.sharing import Sharing, Whole
@@ -26,13 +25,13 @@ GIVEN = ("old_logp", "mask", "ref_logp", "rollout_weights", "power", "target_ess
 
 
 def local_part(name: str, x: DTensor, dim: int) -> tuple[Tensor, ProcessGroup | None]:
-    """This rank's part of a DTensor that is whole, or sharded along `dim` over one dimension of its mesh, and that dimension's group."""
+    """This rank's part of a DTensor that is whole, or sharded along `dim` over one dimension of its mesh, and that one's group."""
     dim %= x.dim()
     sharded = [i for i, placement in enumerate(x.placements) if placement == Shard(dim)]
     if len(sharded) > 1 or not all(p == Replicate() for i, p in enumerate(x.placements) if i not in sharded):
         raise ValueError(
-            f"{name}: expected a DTensor sharded along its dimension {dim} over one dimension of its mesh and replicated over others, "
-            f"got placements {x.placements}; of weights that FSDP shards, call the loss within the forward pass of their module"
+            f"{name}: expected a DTensor sharded along its dimension {dim} over one dimension of its mesh and replicated over "
+            f"others, got placements {x.placements}; of weights that FSDP shards, call the loss within their module's forward"
         )
     return x.to_local(), x.device_mesh.get_group(sharded[0]) if sharded else None
 
@@ -45,9 +44,7 @@ class Shared(Sharing):
         self.agreed = Agreement()
 
     @classmethod
-    def find(
-        cls, group: Any, mesh: Any, split: Any, tensors: dict[str, tuple[Any, int]]
-    ) -> tuple[Shared, list[Any]]:
+    def find(cls, group: Any, mesh: Any, split: Any, tensors: dict[str, tuple[Any, int]]) -> tuple[Shared, list[Any]]:
         """From the arguments of a call, and this rank's part of `tensors`, by name with their dimension of the vocabulary."""
         ranks = find_ranks(group, mesh, split)
         parts = []
@@ -56,7 +53,9 @@ class Shared(Sharing):
                 x, of = local_part(name, x, dim)
                 mine, other = (None if g is None else dist.get_process_group_ranks(g) for g in (of, ranks.vocabulary))
                 if other is not None and mine != other:
-                    raise ValueError(f"{name}: expected to be sharded over ranks {other}, got one over {mine or 'none'}")
+                    raise ValueError(
+                        f"{name}: expected to be sharded over ranks {other}, got one over {mine or 'none'}"
+                    )
                 ranks = ranks._replace(vocabulary=of)
             parts.append(x)
         return cls(ranks), parts
@@ -91,17 +90,33 @@ class Shared(Sharing):
         if checks_values(token_ids):
             V = self.agreed.V if self.ranks.vocabulary is None else sum(self.agreed.vocabularies)
             with agreement(self.ranks):
-                check_token_ids(token_ids, mask, V)
+                check_token_ids(token_ids, None if mask is None else mask.view(token_ids.shape), V)
 
     def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
         if self.ranks.sequence is None:
             return Whole(logp, entropy, inputs, None)
         return gather_tokens(logp, entropy, inputs, self.ranks.sequence, self.ranks.split, self.agreed.tokens)
 
-    def denominator(self, given: Tensor | None, inputs: TrajectoryInputs, config: LossConfig) -> Tensor | None:
+    @property
+    def splits_trajectories(self) -> bool:  # type: ignore[override]
+        return self.ranks.sequence is not None
+
+    def whole_lengths(self, tokens: Tensor) -> Tensor:
+        if self.ranks.sequence is None:
+            return tokens
+        return all_reduce(tokens.clone(), self.ranks.sequence, "the sum of the trajectories' lengths")
+
+    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], config: LossConfig) -> Tensor | None:
         if given is not None or not self.ranks.data:
             return given
-        return reduced(count_tokens(inputs), config, self.ranks)
+        return reduced(tokens(), config, self.ranks)
+
+    def smallest(self, number: int) -> int:
+        if self.ranks.vocabulary is None:
+            return number
+        found = torch.tensor([number])
+        all_reduce(found, host_group(self.ranks.vocabulary), "the agreement on a chunk", dist.ReduceOp.MIN)
+        return int(found)
 
     def sum_over_vocabulary(self, gradient: Tensor) -> None:
         if self.ranks.vocabulary is not None and gradient.numel():

@@ -43,9 +43,11 @@ class Vocabulary(NamedTuple):
         self, token_ids: Tensor, mask: Tensor | None, temperature: float, found: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The results of the stage of all parts from those of this one: the same bits on every rank."""
-        logp, row_max, row_sum, entropy = all_gather(torch.stack(found), self.group, "the sum over the vocabulary").unbind(1)
+        logp, row_max, row_sum, entropy = all_gather(
+            torch.stack(found), self.group, "the sum over the vocabulary"
+        ).unbind(1)
         M = row_max.amax(0)
-        empty = (row_max == -torch.inf) & (M > -torch.inf)  # a part of nothing but -inf
+        empty = (row_max == -torch.inf) & (-torch.inf < M)  # a part of nothing but -inf
         log_share = torch.where(empty, -torch.inf, (row_max - M) / temperature + row_sum.log())
         share = log_share.exp()
         S = share.sum(0)

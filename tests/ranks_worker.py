@@ -1,0 +1,576 @@
+"""One of several processes over gloo: `ranks_worker.py RANK WORLD STORE SCENARIO...`. Each compares its part with one process.
+
+The expected values are computed in every process, from the whole case.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
+from pmpo_kernels.distributed import denominator
+from pmpo_kernels.distributed import ranks as ranks_module
+from pmpo_kernels.verification import Case, configurations, make_case
+
+V, H = 37, 8
+SIZES = {2: [30, 7], 4: [1, 20, 11, 5]}  # of the vocabulary's parts
+DTYPES = (torch.float32, torch.float64)
+PER_TOKEN = ("token_ids", "old_logp", "mask", "ref_logp", "rollout_weights")
+
+
+class Call(NamedTuple):
+    """A case, as one process has it or a rank its part; `power` and `target_ess` are None."""
+
+    logits: Tensor
+    token_ids: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref_logp: Tensor
+    rollout_weights: Tensor
+    cu_seqlens: Tensor | None = None
+
+    def loss(self, config: LossConfig, **options: Any) -> tuple[PMPOOutput, Tensor]:
+        """The result and the gradient of the logits."""
+        z = self.logits.detach().clone().requires_grad_()
+        given = {name: getattr(self, name) for name in ("mask", "ref_logp", "rollout_weights", "cu_seqlens")}
+        out = pmpo_loss(z, self.token_ids, self.old_logp, self.advantages, config=config, **given, **options)
+        out.loss.backward()
+        assert z.grad is not None
+        return out, z.grad
+
+    def linear(self, hidden: Tensor, weight: Tensor, config: LossConfig, **options: Any) -> tuple[PMPOOutput, Tensor, Tensor]:
+        """The result and the gradients of hidden states and weight."""
+        h, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+        given = {name: getattr(self, name) for name in ("mask", "ref_logp", "rollout_weights", "cu_seqlens")}
+        out = linear_pmpo_loss(h, w, self.token_ids, self.old_logp, self.advantages, config=config, **given, **options)
+        out.loss.backward()
+        assert h.grad is not None
+        assert w.grad is not None
+        return out, h.grad, w.grad
+
+
+def whole(dtype: torch.dtype, B: int = 6, T: int = 8) -> Call:
+    return Call(*make_case(dtype, B=B, T=T, V=V))
+
+
+def close(got: Tensor, want: Tensor, terms: int, dtype: torch.dtype) -> None:
+    """Numbers from sums of at most `terms` terms in another order, to the size of the largest; NaN where NaN is wanted."""
+    assert got.shape == want.shape
+    got, want = got.detach().double(), want.detach().double()
+    assert torch.equal(got.isnan(), want.isnan())
+    if want.numel():
+        got, want = got.nan_to_num(), want.nan_to_num()
+        assert (got - want).abs().max() <= 4 * terms * torch.finfo(dtype).eps * max(float(want.abs().max()), 1e-3)
+
+
+def same_result(got: PMPOOutput, want: PMPOOutput, terms: int, dtype: torch.dtype) -> None:
+    for name in ("loss", "power", "ess", "clip_fraction"):
+        close(getattr(got, name), getattr(want, name), terms * (100 if name in ("power", "ess") else 1), dtype)
+
+
+def on_all_ranks(x: Tensor, group: Any = None) -> None:
+    """The same bits."""
+    every = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, x.contiguous(), group=group)
+    assert all(torch.equal(other.nan_to_num(7), x.nan_to_num(7)) for other in every)
+
+
+def vocabulary_part(x: Tensor, dim: int, rank: int, sizes: list[int]) -> Tensor:
+    return x.split(sizes, dim)[rank]
+
+
+# --- the vocabulary ---------------------------------------------------------------------------------------------------
+
+
+def vocabulary() -> None:
+    """Every configuration, uneven parts, targets anywhere."""
+    rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
+    for dtype in DTYPES:
+        case = whole(dtype)
+        mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, sizes))
+        for config in configurations().values():
+            want, gradient = case.loss(config)
+            got, part = mine.loss(config, group=dist.group.WORLD)
+            same_result(got, want, V, dtype)
+            close(got.logp, want.logp, V, dtype)
+            close(got.entropy, want.entropy, V, dtype)
+            close(part, vocabulary_part(gradient, -1, rank, sizes), V * 10, dtype)
+            assert (part[~case.mask] == 0).all()
+            for x in (got.loss, got.power, got.logp, got.entropy):
+                on_all_ranks(x)
+            again, part_again = mine.loss(config, group=dist.group.WORLD)
+            assert torch.equal(again.loss, got.loss)
+            assert torch.equal(part_again, part)
+
+
+def vocabulary_of_minus_infinity() -> None:
+    """A part of nothing but -inf, as where a vocabulary is padded; -inf at a target; NaN where masked."""
+    rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
+    case = whole(torch.float64)
+    logits = case.logits.clone()
+    start = sum(sizes[:-1])
+    logits[..., start:] = -math.inf
+    ids = case.token_ids.clamp(max=start - 1)
+    logits[0, 0, ids[0, 0]] = -math.inf
+    logits[~case.mask] = math.nan
+    case = case._replace(logits=logits, token_ids=ids)
+    mine = case._replace(logits=vocabulary_part(logits, -1, rank, sizes))
+    for config in (LossConfig.grpo(), LossConfig.pmpo(entropy_coef=0.1)):
+        want, gradient = case.loss(config)
+        got, part = mine.loss(config, group=dist.group.WORLD)
+        assert want.loss.isfinite()
+        same_result(got, want, V, torch.float64)
+        close(part, vocabulary_part(gradient, -1, rank, sizes), V * 10, torch.float64)
+
+
+def vocabulary_options() -> None:
+    """In place, a position more than tokens, packed, token ids in 32 bits, 16-bit logits, every implementation."""
+    rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
+    config = LossConfig.pmpo(temperature=0.7, entropy_coef=0.01)
+    case = whole(torch.float32)
+
+    def compare(case: Call, terms: int = V * 10, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, sizes))
+        want, gradient = case.loss(config)
+        got, part = mine.loss(config, group=dist.group.WORLD, **options)
+        same_result(got, want, V, dtype)
+        close(part, vocabulary_part(gradient, -1, rank, sizes), terms, dtype)
+
+    for impl in ("reference", "triton", "cpp"):
+        compare(case, impl=impl)
+    compare(case._replace(token_ids=case.token_ids.int()))
+    compare(case._replace(logits=torch.cat([case.logits, case.logits[:, :1]], 1)))
+    keep, lengths = case.mask, case.mask.sum(1)
+    packed = {name: getattr(case, name)[keep] for name in (*PER_TOKEN, "logits")}
+    compare(case._replace(**packed, cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0))))
+    half = case._replace(logits=case.logits.bfloat16())
+    compare(half, terms=4, dtype=torch.bfloat16)  # the gradient is rounded once
+
+    mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, sizes))
+    z = mine.logits.clone().requires_grad_()
+    x = z * 1.0
+    out = pmpo_loss(x, case.token_ids, case.old_logp, case.advantages, mask=case.mask, config=config,
+                    group=dist.group.WORLD, inplace=True)  # fmt: skip
+    out.loss.backward()
+    close(z.grad, case._replace(ref_logp=None, rollout_weights=None).loss(config)[1].split(sizes, -1)[rank], V * 10, torch.float32)
+
+
+def dtensors() -> None:
+    """Logits as a column-parallel head produces them; a sharded weight with the group that shards it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    case, config = whole(torch.float64), LossConfig.pmpo(entropy_coef=0.01)
+    want, gradient = case.loss(config)
+    z = distribute_tensor(case.logits, mesh, [Shard(2)]).requires_grad_()
+    given = {"mask": case.mask, "ref_logp": case.ref_logp, "rollout_weights": case.rollout_weights, "config": config}
+    tokens = (case.token_ids, case.old_logp, case.advantages)
+    for options in ({}, {"mesh": mesh}, {"group": mesh.get_group("tp")}):
+        z.grad = None
+        out = pmpo_loss(z, *tokens, **given, **options)
+        out.loss.backward()
+        same_result(out, want, V, torch.float64)
+        assert isinstance(z.grad, DTensor)
+        close(z.grad.full_tensor(), gradient, V * 10, torch.float64)
+    replicated = distribute_tensor(case.logits, mesh, [Replicate()]).requires_grad_()
+    assert pmpo_loss(replicated, *tokens, **given).loss == want.loss
+    with pytest.raises(ValueError, match="logits: expected a DTensor sharded along its dimension 2"):
+        pmpo_loss(distribute_tensor(case.logits, mesh, [Shard(0)]), *tokens, **given)
+
+    hidden, weight = head(torch.float64)
+    want, dhidden, dweight = case.linear(hidden, weight, config)
+    h, w = hidden.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    out = linear_pmpo_loss(h, w, *tokens, **given, mesh=mesh)
+    out.loss.backward()
+    same_result(out, want, V, torch.float64)
+    close(h.grad, dhidden, V * 10, torch.float64)
+    close(w.grad.full_tensor(), dweight, V * 10, torch.float64)
+    with pytest.raises(TypeError, match="weight: expected a plain tensor, got a DTensor"):  # perhaps FSDP's
+        linear_pmpo_loss(h, w, *tokens, **given)
+    assert rank < world
+
+
+def head(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, H) and a weight (V, H)."""
+    random = torch.Generator().manual_seed(3)
+    return torch.randn(6, 8, H, generator=random, dtype=dtype), torch.randn(V, H, generator=random, dtype=dtype)
+
+
+def near(case: Call, hidden: Tensor, weight: Tensor) -> Call:
+    """Old and reference log-probs some tenths from those of the head."""
+    logp = (hidden @ weight.T).log_softmax(-1).gather(-1, case.token_ids[..., None])[..., 0]
+    shift = 0.25 * torch.randn(2, *logp.shape, generator=torch.Generator().manual_seed(4), dtype=logp.dtype)
+    return case._replace(old_logp=logp + shift[0], ref_logp=logp + shift[1])
+
+
+def vocabulary_of_a_head() -> None:
+    rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
+    for dtype in DTYPES:
+        hidden, weight = head(dtype)
+        case = near(whole(dtype), hidden, weight)
+        for config in configurations().values():
+            for options in ({}, {"max_chunk_tokens": 8}, {"max_chunk_tokens": 3}):
+                want, dhidden, dweight = case.linear(hidden, weight, config, **options)
+                mine = vocabulary_part(weight, 0, rank, sizes)
+                got, dh, dw = case.linear(hidden, mine, config, group=dist.group.WORLD, **options)
+                same_result(got, want, V * H, dtype)
+                close(dh, dhidden, V * 10, dtype)
+                close(dw, vocabulary_part(dweight, 0, rank, sizes), V * 10, dtype)
+                on_all_ranks(dh)
+                on_all_ranks(got.power)
+
+
+# --- the sequence -----------------------------------------------------------------------------------------------------
+
+
+def pieces(T: int, rank: int, world: int, split: str) -> Tensor:
+    """Positions of a rank's tokens among T."""
+    if split == "contiguous":
+        return torch.arange(T).chunk(world)[rank]
+    chunks = torch.arange(T).chunk(2 * world)
+    return torch.cat([chunks[rank], chunks[2 * world - 1 - rank]])
+
+
+def columns(case: Call, at: Tensor) -> Call:
+    parts = {name: getattr(case, name)[:, at] for name in (*PER_TOKEN, "logits")}
+    return case._replace(**parts)
+
+
+def sequence() -> None:
+    """Every configuration and both ways to split: what one process has, to the bit, because it is computed from the same numbers."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    for dtype in DTYPES:
+        case = whole(dtype, T=16)
+        for split in ("contiguous", "zigzag"):
+            at = pieces(16, rank, world, split)
+            mine = columns(case, at)
+            for config in configurations().values():
+                want, gradient = case.loss(config)
+                got, part = mine.loss(config, mesh=mesh, sequence_split=split)
+                for name in ("loss", "power", "ess", "clip_fraction"):
+                    assert torch.equal(getattr(got, name), getattr(want, name)), (name, config)
+                assert torch.equal(got.logp, want.logp[:, at])
+                assert torch.equal(part, gradient[:, at])
+                assert got.metrics.keys() == want.metrics.keys()
+                assert all(torch.equal(got.metrics[name], want.metrics[name]) for name in want.metrics)
+
+
+def sequence_packed() -> None:
+    """Pieces of any length, also of none."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    case, config = whole(torch.float32), LossConfig.pmpo(beta=0.1, entropy_coef=0.01)
+    want, gradient = case.loss(config)
+    keep = case.mask & ((torch.arange(8) * (3 + torch.arange(6)[:, None])) % world == rank)  # scattered: any assignment
+    owned = torch.arange(8) * world // 8 == rank  # in one piece
+    for mine in (keep, case.mask & owned):
+        lengths = mine.sum(1)
+        packed = {name: getattr(case, name)[mine] for name in (*PER_TOKEN, "logits")}
+        part = case._replace(**packed, cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        got, part_gradient = part.loss(config, mesh=mesh)
+        same_result(got, want, V, torch.float32)
+        close(part_gradient, gradient[mine], 64, torch.float32)
+        on_all_ranks(got.power)
+
+
+def sequence_of_a_head() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    hidden, weight = head(torch.float64)
+    case = near(whole(torch.float64), hidden, weight)
+    for split in ("contiguous", "zigzag"):
+        at = pieces(8, rank, world, split)
+        mine = columns(case, at)
+        for config in configurations().values():
+            for options in ({"max_chunk_tokens": 100}, {"max_chunk_tokens": 4}):
+                want, dhidden, dweight = case.linear(hidden, weight, config, **options)
+                got, dh, dw = mine.linear(hidden[:, at], weight, config, mesh=mesh, sequence_split=split, **options)
+                same_result(got, want, V * H, torch.float64)
+                close(dh, dhidden[:, at], V * 10, torch.float64)
+                dist.all_reduce(dw)
+                close(dw, dweight, V * 10, torch.float64)
+                assert torch.equal(got.power.isnan(), want.power.isnan())
+
+
+def sequence_from_logp() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    case = whole(torch.float64)
+    at = pieces(8, rank, world, "contiguous")
+    logp = (case.old_logp + 0.2 * torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    a, b = logp.clone().requires_grad_(), logp[:, at].clone().requires_grad_()
+    want = pmpo_loss_from_logp(a, case.old_logp, case.advantages, mask=case.mask)
+    got = pmpo_loss_from_logp(b, case.old_logp[:, at], case.advantages, mask=case.mask[:, at], mesh=mesh)
+    want.loss.backward()
+    got.loss.backward()
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(b.grad, a.grad[:, at])
+
+
+# --- the batch --------------------------------------------------------------------------------------------------------
+
+
+def rows(case: Call, at: slice) -> Call:
+    return Call(*(None if x is None else x[at] for x in case))
+
+
+def data() -> None:
+    """The ranks' losses and gradients add up to those of the whole batch; one rank has no trajectory, one only an empty one."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    bounds = [0, 0, 6] if world == 2 else [0, 1, 2, 2, 6]
+    for dtype in DTYPES:
+        case = whole(dtype)
+        for config in configurations().values():
+            want, gradient = case.loss(config)
+            at = slice(bounds[rank], bounds[rank + 1])
+            got, part = rows(case, at).loss(config, mesh=mesh)
+            total = got.loss.clone()
+            dist.all_reduce(total)
+            close(total, want.loss, 16, dtype)
+            close(part, gradient[at], 16, dtype)
+            hidden, weight = head(dtype)
+            near_case = near(case, hidden, weight)
+            want, dhidden, dweight = near_case.linear(hidden, weight, config)
+            got, dh, dw = rows(near_case, at).linear(hidden[at], weight, config, mesh=mesh)
+            close(dh, dhidden[at], V * 10, dtype)
+            dist.all_reduce(dw)
+            close(dw, dweight, V * 10, dtype)
+
+
+def denominators() -> None:
+    """The helper: micro-batches on each rank, added up or averaged."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    case = whole(torch.float64, B=8)
+    for config in (LossConfig.pmpo(), LossConfig.dapo(), LossConfig.dr_grpo(10)):
+        _, gradient = case.loss(config)
+        size = 8 // world
+        micro = [slice(rank * size, rank * size + 1), slice(rank * size + 1, (rank + 1) * size), slice(0, 0)]
+        lengths = [case.mask[part].sum(1) for part in micro]
+        for averaged in (False, True):
+            D = denominator(lengths, config, mesh=mesh, averaged=averaged)
+            on_all_ranks(D)
+            for part in micro:
+                _, got = rows(case, part).loss(config, denominator=D)
+                close(got / (world if averaged else 1), gradient[part], 16, torch.float64)
+    assert denominator(case.mask.sum(1), LossConfig.dapo()) == case.mask.sum()
+    split = case.mask[:, pieces(8, rank, world, "contiguous")].sum(1)
+    cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    assert denominator(split, LossConfig.pmpo(), mesh=cp) == case.mask.any(1).sum()
+
+
+# --- together ---------------------------------------------------------------------------------------------------------
+
+
+def combinations() -> None:
+    """Two dimensions of two ranks, every pair of schemes, from logits and from hidden states."""
+    rank = dist.get_rank()
+    config = LossConfig.pmpo(beta=0.1, entropy_coef=0.01)
+    hidden, weight = head(torch.float64)
+    for names in (("dp", "tp"), ("cp", "tp"), ("dp", "cp"), ("dp_replicate", "dp_shard")):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        where = dict(zip(names, (rank // 2, rank % 2), strict=True))
+        case = whole(torch.float64)
+        h, w, sizes = hidden, weight, SIZES[2]
+        case = near(case._replace(logits=hidden @ weight.T), hidden, weight)
+        want, gradient = case.loss(config)
+        want_linear = case.linear(hidden, weight, config)
+        mine, dh = case, want_linear[1]
+        dw = want_linear[2]
+        if "dp" in names or "dp_shard" in names:
+            place = where["dp"] if "dp" in names else rank
+            at = slice(0, 4) if place == 0 else slice(4, 6) if place == 1 else slice(6, 6)
+            mine, h, gradient, dh = rows(mine, at), h[at], gradient[at], dh[at]
+        if "cp" in names:
+            at = pieces(8, where["cp"], 2, "zigzag")
+            mine, h, gradient, dh = columns(mine, at), h[:, at], gradient[:, at], dh[:, at]
+        if "tp" in names:
+            mine = mine._replace(logits=vocabulary_part(mine.logits, -1, where["tp"], sizes))
+            gradient = vocabulary_part(gradient, -1, where["tp"], sizes)
+            w, dw = (vocabulary_part(x, 0, where["tp"], sizes) for x in (w, dw))
+        split = {"sequence_split": "zigzag"} if "cp" in names else {}
+        got, part = mine.loss(config, mesh=mesh, **split)
+        close(part, gradient, V * 10, torch.float64)
+        total = got.loss.clone()
+        for name in names:
+            if name.startswith("dp"):
+                dist.all_reduce(total, group=mesh.get_group(name))
+        close(total, want.loss, V, torch.float64)
+        _, part_h, part_w = mine.linear(h, w, config, mesh=mesh, max_chunk_tokens=5, **split)
+        close(part_h, dh, V * 10, torch.float64)
+        for name in names:
+            if name != "tp":
+                dist.all_reduce(part_w, group=mesh.get_group(name))
+        close(part_w, dw, V * 10, torch.float64)
+
+
+def three_dimensions() -> None:
+    """dp x cp x tp of 1 x 2 x 2, of which one dimension has one rank."""
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "cp", "tp"))
+    rank, case, config = dist.get_rank(), whole(torch.float64), LossConfig.pmpo()
+    want, gradient = case.loss(config)
+    at = pieces(8, rank // 2, 2, "contiguous")
+    mine = columns(case, at)
+    mine = mine._replace(logits=vocabulary_part(mine.logits, -1, rank % 2, SIZES[2]))
+    got, part = mine.loss(config, mesh=mesh)
+    same_result(got, want, V, torch.float64)
+    close(part, vocabulary_part(gradient[:, at], -1, rank % 2, SIZES[2]), V * 10, torch.float64)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def errors() -> None:
+    """A wrong argument on one rank raises on all, and afterwards all go on."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    case, config, last = whole(torch.float32), LossConfig.pmpo(), dist.get_world_size() - 1
+    mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, SIZES[world]))
+    bad: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+        "dtype": (TypeError, "old_logp: expected dtype", {"old_logp": case.old_logp.long()}),
+        "shape": (ValueError, "mask: expected shape", {"mask": case.mask[:, :-1]}),
+        "device": (ValueError, "ref_logp: expected a tensor on cpu", {"ref_logp": case.ref_logp.to("meta")}),
+        "id": (ValueError, f"token_ids: expected ids in \\[0, {V}\\)", {"token_ids": case.token_ids + V * case.mask}),
+    }
+
+    def raises(call: Callable[..., object], made: Call, kind: type[Exception], message: str, **options: Any) -> None:
+        if rank == last:
+            with pytest.raises(kind, match=message):
+                call(made, config, **options)
+        else:
+            with pytest.raises(RuntimeError, match=f"^rank {last}: {kind.__name__}: {message}"):
+                call(made, config, **options)
+
+    for scheme in ("cp", "dp"):
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=(scheme,))
+        for kind, message, change in bad.values():
+            raises(Call.loss, case._replace(**change) if rank == last else case, kind, message, mesh=mesh)
+            raises_head(raises, case._replace(**change) if rank == last else case, kind, message, mesh=mesh)
+    for name, (kind, message, change) in bad.items():
+        if name != "id":  # those of all ranks must be the same
+            raises(Call.loss, mine._replace(**change) if rank == last else mine, kind, message, group=dist.group.WORLD)
+    different = {
+        "number of tokens": {name: getattr(mine, name)[:, :-1] for name in (*PER_TOKEN, "logits")},
+        "number of trajectories": {name: x[:-1] for name, x in mine._asdict().items() if x is not None},
+        "advantages, power or target_ess": {"advantages": mine.advantages + 1},
+        "token_ids, mask, old_logp or ref_logp": {"token_ids": (mine.token_ids + 1) % V},
+        "optional arguments": {"ref_logp": None},
+    }
+    for name, change in different.items():
+        made = mine._replace(**change) if rank == last else mine
+        with pytest.raises(RuntimeError, match=f"{name}: expected the same on ranks"):
+            made.loss(config, group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="options: expected the same on ranks"):
+        mine.loss(LossConfig.gmpo() if rank == last else config, group=dist.group.WORLD)
+    everywhere = mine._replace(token_ids=mine.token_ids + V * mine.mask)
+    with pytest.raises(ValueError, match="token_ids: expected ids in"):
+        everywhere.loss(config, group=dist.group.WORLD)
+    same_result(mine.loss(config, group=dist.group.WORLD)[0], case.loss(config)[0], V, torch.float32)
+
+
+def raises_head(raises: Callable[..., None], case: Call, kind: type[Exception], message: str, **options: Any) -> None:
+    hidden, weight = head(torch.float32)
+    raises(lambda made, config, **given: made.linear(hidden, weight, config, **given), case, kind, message, **options)
+
+
+def wrong_arguments() -> None:
+    """Of the groups themselves; nothing is exchanged before."""
+    world = dist.get_world_size()
+    case = whole(torch.float32)
+    cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    config = LossConfig.pmpo()
+    for message, options in (
+        ("mesh: expected None when group is given", {"mesh": cp, "group": dist.group.WORLD}),
+        ("group: expected a torch.distributed.ProcessGroup", {"group": "tp"}),
+        ("mesh: expected a torch.distributed.device_mesh.DeviceMesh", {"mesh": dist.group.WORLD}),
+        ('mesh: expected dimensions "tp", "cp", "dp"', {"mesh": init_device_mesh("cpu", (world,))}),
+        ("mesh: expected dimensions", {"mesh": init_device_mesh("cpu", (world,), mesh_dim_names=("pp",))}),
+        ("sequence_split: expected one of", {"mesh": cp, "sequence_split": "stripes"}),
+        ("sequence_split: expected 'contiguous' without", {"sequence_split": "zigzag"}),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            case.loss(config, **options)
+
+
+def killed() -> None:
+    """A rank that ends leaves the others with an error that says so, not waiting."""
+    case = whole(torch.float32)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    with pytest.raises(RuntimeError, match="another rank has ended, or did not come within the group's timeout"):
+        case.loss(LossConfig.pmpo(), mesh=mesh)
+    os._exit(0)  # the group cannot be left in order any more
+
+
+def collectives() -> None:
+    """How many, and how much is sent: what docs/scaling.md says."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sent: list[tuple[str, int]] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def counted(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            x = args[1] if name == "all_gather" else args[0]
+            sent.append((name, x.numel() * x.element_size()))
+            return f(*args, **kwargs)
+
+        return call
+
+    ranks_module.dist.all_gather = counted("all_gather", gather)
+    ranks_module.dist.all_reduce = counted("all_reduce", reduce)
+    try:
+        case, config = whole(torch.float32), LossConfig.pmpo()
+        N, agreed = case.token_ids.numel(), ("all_gather", 16 * 8 + ranks_module.MESSAGE_BYTES)
+        mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, SIZES[world]))
+        mine.loss(config, group=dist.group.WORLD)
+        assert sent == [agreed, agreed, ("all_gather", 4 * 4 * N)]
+        sent.clear()
+        cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+        at = pieces(8, rank, world, "contiguous")
+        columns(case, at).loss(config, mesh=cp)
+        assert sent == [agreed, agreed, ("all_gather", 8 * 7 * N // world)]
+        sent.clear()
+        case.loss(config, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)))
+        assert sent == [agreed, agreed, ("all_reduce", 8)]
+    finally:
+        ranks_module.dist.all_gather, ranks_module.dist.all_reduce = gather, reduce
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (
+        vocabulary, vocabulary_of_minus_infinity, vocabulary_options, dtensors, vocabulary_of_a_head, sequence, sequence_packed,
+        sequence_of_a_head, sequence_from_logp, data, denominators, combinations, three_dimensions, errors, wrong_arguments,
+        collectives, killed,
+    )
+}  # fmt: skip
+
+
+def main(rank: int, world: int, store: str, *names: str) -> None:
+    faulthandler.dump_traceback_later(110, exit=True)  # a process that waits says where
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    for name in names:
+        SCENARIOS[name]()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
