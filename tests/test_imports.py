@@ -15,7 +15,7 @@ PACKAGE = Path(pmpo_kernels.__file__).parent
 # Below, a module may import only those to its left; one not listed here fails the test.
 LAYERS = [
     ["version", "memory"], ["config"], ["checks", "reference", "cpp"], ["aggregate", "impls", "triton", "projection"],
-    ["ops"], ["autograd"], ["arguments", "chunks"], ["linear"], ["api", "solver", "baseline", "schedules"], ["verification", "parity"], ["benchmarking"], ["demo"], ["cli"], ["__main__"],
+    ["ops"], ["autograd"], ["arguments", "chunks"], ["linear"], ["api", "solver", "baseline", "schedules"], ["verification", "parity"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
 ]  # fmt: skip
 BACKENDS = {"reference", "triton"}
 
