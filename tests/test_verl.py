@@ -685,6 +685,15 @@ def test_the_recipe_is_a_configuration_of_verls(method: str, expected: LossConfi
     assert loss == out.loss
 
 
+def test_the_last_word_counts(tmp_path: Path) -> None:
+    """As in the README's staircase of p."""
+    done = recipe("holder", f"{POLICY}.options.power=-2", "trainer.total_training_steps=100", tmp_path=tmp_path)
+    config = composed(*done.stdout.splitlines()[2:])
+    assert config.trainer.total_training_steps == 100
+    found = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert ours._resolve("holder", found.policy_loss)[0] == LossConfig.holder(-2)
+
+
 @pytest.mark.parametrize("arguments", [(), ("ppo",)])
 def test_the_recipe_names_its_methods(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = recipe(*arguments, tmp_path=tmp_path)
