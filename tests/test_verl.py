@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmpo_kernels import LossConfig, pmpo_loss_from_logp
+from pmpo_kernels import LossConfig, checks, pmpo_loss_from_logp
 from pmpo_kernels.parity import TOLERANCE
 from pmpo_kernels.parity.batch import Batch, make_batch
 
@@ -123,6 +124,21 @@ def test_the_registry_of_verl_has_the_losses(name: str) -> None:
 LOADED = "from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r; print(*[n for n in ('pmpo', 'gmpo', 'holder') if n in r])"
 
 
+# what a worker does with `model.external_lib`, up to the model, which is not there; and with an actor's section
+WORKER = f"""
+import contextlib
+from verl.workers.config import HFModelConfig
+with contextlib.suppress(Exception):
+    HFModelConfig(path="none", external_lib="pmpo_kernels.integrations.verl")
+{LOADED}"""
+READS = f"""
+from verl.utils.config import omega_conf_to_dataclass
+from omegaconf import OmegaConf
+target = "pmpo_kernels.integrations.verl.PowerMeanLossConfig"
+omega_conf_to_dataclass(OmegaConf.create({{"_target_": target, "loss_mode": "pmpo"}}))
+{LOADED}"""
+
+
 @pytest.mark.parametrize(
     ("code", "environment", "expected"),
     [
@@ -134,8 +150,10 @@ LOADED = "from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY as r; pri
             {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "pmpo_kernels.integrations.verl"},
             "pmpo gmpo holder",
         ),
+        (WORKER, {"VERL_USE_EXTERNAL_PLUGINS": "none", "HF_HUB_OFFLINE": "1"}, "pmpo gmpo holder"),
+        (READS, {"VERL_USE_EXTERNAL_PLUGINS": "none"}, "pmpo gmpo holder"),
     ],
-    ids=["plugin", "plugin, module first", "neither", "external module"],
+    ids=["plugin", "plugin, module first", "neither", "external module", "external_lib", "_target_"],
 )
 def test_verl_loads_the_plugin_in_a_process(
     code: str, environment: dict[str, str], expected: str, tmp_path: Path
@@ -468,13 +486,14 @@ def test_holder_needs_p_without_our_section_too() -> None:
         ({"clip_ratio_low": 0.3}, "clip_ratio_low: expected .* got 0.3"),
         ({"clip_ratio_high": 0.28}, "clip_ratio_high: expected .*clip_high.*got 0.28"),
         ({"clip_ratio_c": 10.0}, "clip_ratio_c: expected verl's default 3.0 .set policy_loss.options.dual_clip., got 10.0"),
+        ({"clip_ratio_low": 0.4, "section": {"options": {"clip": "none", "power": 0.0}}}, "clip_ratio_low: expected .* got 0.4"),
         ({"tau_pos": 2.0}, "tau_pos: expected verl's default 1.0 .no loss of pmpo_kernels reads it., got 2.0"),
-        ({"policy_loss": "ppo_kl_coef"}, "ppo_kl_coef: expected verl's default 0.1"),
+        ({"section": {"ppo_kl_coef": 0.7}}, "ppo_kl_coef: expected verl's default 0.1 .*got 0.7"),
     ],
 )  # fmt: skip
 def test_a_field_of_verls_that_would_be_ignored_raises(fields: dict[str, Any], message: str) -> None:
-    if "policy_loss" in fields:
-        fields = {"policy_loss": ours.PowerMeanLossConfig(loss_mode="pmpo", **{fields["policy_loss"]: 0.7})}
+    section = ours.PowerMeanLossConfig(loss_mode="pmpo", **fields.get("section", {}))
+    fields = {"policy_loss": section, **{name: value for name, value in fields.items() if name != "section"}}
     with pytest.raises(ValueError, match=message):
         call("pmpo", actor(**fields), make_batch(V=11))
 
@@ -526,6 +545,36 @@ def test_metrics_are_floats() -> None:
     assert found["actor/pg_clipfrac"] == pytest.approx(float((low | high)[batch.mask].float().mean()))
     assert found["actor/pg_clipfrac_lower"] == pytest.approx(float(low[batch.mask].float().mean()))
     assert 0 < found["actor/pg_clipfrac_lower"] < found["actor/pg_clipfrac"]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the reads of single values, each of which waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("info", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_read_on_the_host_but_the_metrics_at_once(
+    mode: str, info: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where no values are checked. verl's own loss reads its three metrics one by one."""
+    monkeypatch.setattr(checks, "checks_values", lambda tensor: False)
+    batch, found = make_batch(V=11), {}
+    for name in ("pmpo", "vanilla"):
+        config = actor(name)
+        if info:
+            config.global_batch_info.update(counts(batch))
+        with HostReads() as reads:
+            call(name, config, batch, mode, rollout_is_weights=batch.rollout_weights)
+        found[name] = reads.found
+    assert found == {"pmpo": 0, "vanilla": 3}
 
 
 # --- verl's configuration and its actor's loss ------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def _with_mode(config: LossConfig, mode: Any) -> LossConfig:
 def _check_unread(config: Any, policy: Any, loss: LossConfig) -> None:
     """verl's fields for other losses have verl's default, or ask for what this loss does anyway."""
     low, high = (loss.clip_low, -math.expm1(-loss.clip_low)), (loss.clip_high, math.expm1(loss.clip_high))
-    same = {"clip_ratio": (*low, *high), "clip_ratio_low": low, "clip_ratio_high": high}
+    same = {"clip_ratio": (*low, *high), "clip_ratio_low": low, "clip_ratio_high": high} if loss.clip != "none" else {}
     if loss.dual_clip is not None:
         same["clip_ratio_c"] = (loss.dual_clip,)
     options = {"clip_ratio_low": "clip_low", "clip_ratio_high": "clip_high", "clip_ratio_c": "dual_clip"}
