@@ -431,13 +431,18 @@ def test_every_option_acts_as_in_the_package(option: str) -> None:
     assert abs(loss - without) > 100 * EPS * abs(without)
 
 
-def test_the_implementation_can_be_named() -> None:
+def test_the_implementation_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(V=11)
     loss, _, _ = call("pmpo", actor(), batch)
     named, _, _ = call("pmpo", actor("pmpo", {"impl": "reference"}), batch)
     assert named == pytest.approx(float(loss), rel=8 * EPS)
-    with pytest.raises(ValueError, match=r"impl: expected .* got 'cuda'"):
-        call("pmpo", actor("pmpo", {"impl": "cuda"}), batch)
+    called = []
+    monkeypatch.setattr(
+        ours, "pmpo_loss_from_logp", lambda *a, impl, **k: called.append(impl) or pmpo_loss_from_logp(*a, **k)
+    )
+    for impl in ("reference", None):
+        call("pmpo", actor("pmpo", {"impl": impl}), batch)
+    assert called == ["reference", None]
 
 
 @pytest.mark.parametrize(
@@ -464,6 +469,8 @@ def test_the_implementation_can_be_named() -> None:
             r"policy_loss.loss_mode: expected one of \['gmpo', 'holder', 'pmpo'\], got 'vanilla'",
         ),
         ("pmpo", 3, "policy_loss.options: expected a mapping, got 3"),
+        ("pmpo", {"clip": "sequence"}, 'options.clip: expected "token" with power "ess", .* got \'sequence\''),
+        ("pmpo", {"impl": "cuda"}, r"options.impl: expected None or one of .* got 'cuda'"),
     ],
 )
 def test_wrong_options_raise_when_verl_reads_its_configuration(name: str, options: Any, message: str) -> None:

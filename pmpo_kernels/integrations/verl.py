@@ -20,6 +20,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from pmpo_kernels import checks
 from pmpo_kernels.api import pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
+from pmpo_kernels.impls import IMPLS
 
 # Fields of LossConfig that verl has a field of its own for, or does outside the loss: not ours to set.
 VERL_DECIDES = {
@@ -232,10 +233,15 @@ def _resolve(name: str, policy: Any) -> tuple[LossConfig, str | None]:
             'policy_loss.options.power: expected a finite number with loss_mode="holder" (verl tells a loss no training step, '
             "so p cannot follow HölderPO's schedule), got None"
         )
+    impl = options.get("impl")
+    _expect("policy_loss.options.impl", impl is None or impl in IMPLS, f"None or one of {list(IMPLS)}", impl)
     try:
-        return _losses[name](**ours), options.get("impl")
+        loss = _losses[name](**ours)
     except ValueError as error:
         raise ValueError(f"policy_loss.options.{error}") from error
+    ok = loss.power != "ess" or loss.clip == "token"
+    _expect("policy_loss.options.clip", ok, '"token" with power "ess", which follows the clipped tokens', loss.clip)
+    return loss, impl
 
 
 @lru_cache(maxsize=64)
