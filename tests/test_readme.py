@@ -7,13 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 
+def blocks(*, in_trainers: bool) -> list[str]:
+    """The Python blocks of the section on trainers, or of all others."""
+    before, section, after = re.split(
+        r"^## In your trainer$(.*?)(?=^## )", (ROOT / "README.md").read_text(), flags=re.S | re.M
+    )
+    return re.findall(r"```python\n(.*?)```", section if in_trainers else before + after, re.S)
+
+
 def test_every_python_block_runs_in_order() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) >= 5
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})
+    found = blocks(in_trainers=False)
+    assert len(found) >= 5
+    exec(compile("\n".join(found), "README.md", "exec"), {})
+
+
+def test_the_training_step_in_plain_pytorch_runs() -> None:
+    """The other blocks on trainers run in tests/test_trl.py and tests/test_verl.py, where those are installed."""
+    torch.manual_seed(0)
+    found = [block for block in blocks(in_trainers=True) if "integrations" not in block]
+    assert len(found) == 1
+    exec(compile(found[0], "README.md", "exec"), {})
 
 
 def test_results_come_from_files() -> None:

@@ -592,7 +592,12 @@ def test_the_lines_of_the_documentation_run(page: str, tmp_path: Path, monkeypat
     text = (Path(__file__).parent.parent / page).read_text()
     blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "integrations.trl" in block]
     assert len(blocks) == 1
-    names = {"model": llama(), "reward": ones, "dataset": Dataset.from_dict({"prompt": ["1+1="]}), "tokenizer": tokenizer()}
+    names = {
+        "model": llama(),
+        "reward": ones,
+        "dataset": Dataset.from_dict({"prompt": ["1+1="]}),
+        "tokenizer": tokenizer(),
+    }
     exec(compile(blocks[0], page, "exec"), names)
     rows = [row for row in names["trainer"].state.log_history if "train_loss" in row]
     assert len(rows) == 1

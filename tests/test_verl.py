@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -694,6 +696,17 @@ def test_verls_actor_loss_of_geo_mean_does() -> None:
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_the_readme_are_a_configuration_of_verls() -> None:
+    (command,) = re.findall(
+        r"^python3 -m verl.trainer.main_ppo (.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M
+    )
+    config = omega_conf_to_dataclass(
+        composed(MICRO, *shlex.split(command.replace("\\\n", " "))).actor_rollout_ref.actor
+    )
+    assert type(config.policy_loss) is ours.PowerMeanLossConfig
+    assert (config.policy_loss.loss_mode, config.policy_loss.options) == ("pmpo", {"full_clip_fraction": 0.2})
 
 
 def recipe(*arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
