@@ -150,6 +150,9 @@ def ddp_outside() -> None:
         n = len(list(model.parameters()))
         for p, want in zip(model.parameters(), one_process(fused, case, CONFIG.loss_agg_mode)[:n], strict=True):
             same(p.grad, want)
+    model = DistributedDataParallel(Backbone().double(), find_unused_parameters=True)
+    with pytest.raises(RuntimeError, match=r"marked as ready twice|mark a variable ready only once"):
+        linear_pmpo_loss(model(ids), model.module.head.weight, *given, **options).loss.backward()
 
 
 def shard(model: Model, head: bool = False) -> Model:
@@ -218,10 +221,11 @@ def fsdp_outside() -> None:
     model.reshard()
     weight = model.head.weight
     assert isinstance(weight, DTensor)
-    full = weight.full_tensor(grad_placements=[Partial("sum")])
-    loss = linear_pmpo_loss(hidden.detach(), full, *given, **options).loss / WORLD
-    (gradient,) = torch.autograd.grad(loss, weight)
-    same(gradient, want[-1])
+    gathered = (weight.full_tensor(grad_placements=[Partial("sum")]), weight.full_tensor())
+    losses = [linear_pmpo_loss(hidden.detach(), w, *given, **options).loss for w in gathered]
+    same(torch.autograd.grad(losses[0] / WORLD, weight)[0], want[-1])
+    with pytest.raises(AssertionError):  # each shard has its own rank's gradient
+        same(torch.autograd.grad(losses[1], weight)[0], want[-1])
 
 
 def dtensors() -> None:
@@ -249,8 +253,9 @@ def dtensors() -> None:
 def docs() -> None:
     """The blocks of docs/pytorch.md for several processes, in order."""
     text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text()
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "dist." in b]
-    assert len(blocks) == 2
+    first, *others = re.findall(r"```python\n(.*?)```", text, re.S)
+    blocks = [first, *(block for block in others if "dist." in block)]
+    assert len(blocks) == 3
     exec(compile("\n".join(blocks), "docs/pytorch.md", "exec"), {})
 
 

@@ -147,3 +147,12 @@ def test_sizes_of_one_are_compiled_for_themselves() -> None:
             case = double(B, T)
             agree(run(compiled, case, 0.5, CONFIG), run(function, case, 0.5, CONFIG))
         assert graphs() == count
+
+
+@pytest.mark.usefixtures("fresh")
+def test_equal_sizes_at_first_are_compiled_once_more() -> None:
+    """B = T in the first step is one symbol to PyTorch, until they differ."""
+    compiled = torch.compile(step(numbers), fullgraph=True, dynamic=True, backend="aot_eager")
+    for count, (B, T) in zip((1, 1, 2, 2, 2), ((4, 4), (6, 6), (4, 7), (5, 9), (3, 3)), strict=True):
+        run(compiled, double(B, T), 0.5, CONFIG)
+        assert graphs() == count

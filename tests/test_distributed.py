@@ -54,6 +54,10 @@ def test_fsdp2(tmp_path: Path) -> None:
     run(("fsdp", "fsdp_head", "fsdp_outside", "dtensors"), tmp_path)
 
 
+def test_the_documentation_runs(tmp_path: Path) -> None:
+    run(("docs",), tmp_path)
+
+
 def test_a_failure_is_seen(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="KeyError: 'no such scenario'"):
         run(("no such scenario",), tmp_path)

@@ -1,4 +1,4 @@
-"""The README says what is true: its code runs, and its results are those of the files under benchmarks/results/."""
+"""README and docs/pytorch.md say what is true: their code runs, and the results are those of the files under benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -14,6 +16,15 @@ def test_every_python_block_runs_in_order() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) >= 5
     exec(compile("\n".join(blocks), "README.md", "exec"), {})
+
+
+def test_every_block_about_pytorch_runs_in_order() -> None:
+    """Those for several processes are run by test_distributed.py."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pytorch.md").read_text(), re.S)
+    alone = [block for block in blocks if "dist." not in block]
+    assert len(alone) == len(blocks) - 2 >= 5
+    torch._dynamo.reset()
+    exec(compile("\n".join(alone), "docs/pytorch.md", "exec"), {})
 
 
 def test_results_come_from_files() -> None:
