@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -263,14 +265,20 @@ SCENARIOS = {f.__name__: f for f in (ddp, ddp_outside, fsdp, fsdp_head, fsdp_out
 
 
 def main(rank: int, store: str, *names: str) -> None:
-    faulthandler.dump_traceback_later(50, exit=True)  # a process that waits says where
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(80, exit=True)  # a process that waits says where
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=20)
+    timeout = datetime.timedelta(seconds=40)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timeout)
     for name in names:
         SCENARIOS[name]()
-    dist.barrier()
-    dist.destroy_process_group()
+    Path(f"{store}.{rank}").touch()
+    while not all(Path(f"{store}.{other}").exists() for other in range(WORLD)):
+        time.sleep(0.01)  # a connection must not close under the other
+    sys.stdout.flush()
+    os._exit(
+        0
+    )  # all is checked; now and then a process aborts while PyTorch and the interpreter take their threads down
 
 
 if __name__ == "__main__":
