@@ -1,4 +1,4 @@
-"""The README says what is true: its code runs, and its results are those of the files under benchmarks/results/."""
+"""README and docs/pytorch.md say what is true: their code runs, and the results are those of the files under benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def test_the_training_step_in_plain_pytorch_runs() -> None:
     found = [block for block in blocks(in_trainers=True) if "integrations" not in block]
     assert len(found) == 1
     exec(compile(found[0], "README.md", "exec"), {})
+
+
+def test_every_block_about_pytorch_runs_in_order() -> None:
+    """Those for several processes are run by test_distributed.py."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pytorch.md").read_text(), re.S)
+    alone = [block for block in blocks if "dist." not in block]
+    assert len(alone) == len(blocks) - 2 >= 5
+    torch._dynamo.reset()
+    exec(compile("\n".join(alone), "docs/pytorch.md", "exec"), {})
 
 
 def test_results_come_from_files() -> None:
