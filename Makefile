@@ -44,7 +44,7 @@ requirements = import sys; sys.path.remove(''); from importlib.metadata import r
 	touch $@
 
 peers: .venv-peers/installed
-	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_peers.py tests/test_parity.py tests/test_trl.py --require-peers
+	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_peers.py tests/test_parity.py tests/test_trl.py tests/test_verl.py tests/test_verl_engine.py --require-peers
 	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_benchmarks.py tests/test_benchmark_head.py -k "installed_peers or every_row"
 
 verify: .venv/installed

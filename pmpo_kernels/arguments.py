@@ -82,16 +82,16 @@ def trajectory_inputs(
     if isinstance(power, (int, float)):
         if isinstance(power, bool) or not -float("inf") < power < float("inf"):
             raise ValueError(f"power: expected a finite number or a tensor of shape ({B},), got {power!r}")
-        power = torch.full((B,), power, dtype=torch.float64, device=device)
+        # a sum, not torch.full, which torch.compile would compile anew for each number
+        power = torch.zeros(B, dtype=torch.float64, device=device) + power
     if isinstance(denominator, Tensor):
         checks.check_constant(
             "denominator", denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS), device=device, shape=()
         )
         denominator = denominator.double()
     elif denominator is not None:
-        denominator = torch.full(
-            (), checks.check_number("denominator", denominator), dtype=torch.float64, device=device
-        )
+        number = checks.check_number("denominator", denominator)
+        denominator = torch.zeros((), dtype=torch.float64, device=device) + number
     checked = {
         "mask": as_bool(per_token("mask", mask, checks.MASKS)),
         "rollout_weights": per_either("rollout_weights", rollout_weights, checks.FLOATS),

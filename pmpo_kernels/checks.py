@@ -23,6 +23,9 @@ def check_tensor(
     """`value`, if it is a tensor of one of `dtypes` with this shape on this device; otherwise TypeError or ValueError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        how = "with FSDP2 call the loss in the forward pass of the module whose fully_shard group holds it: docs/pytorch.md"
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; {how}")
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -18,6 +19,12 @@ CONFIGURATIONS = configurations()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-peers", action="store_true", help="fail, not skip, where TRL, verl or Liger is missing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    missing = [name for name in ("trl", "peft", "verl", "liger_kernel") if importlib.util.find_spec(name) is None]
+    if config.getoption("require_peers") and missing:
+        raise pytest.UsageError(f"--require-peers: expected {', '.join(missing)} to be installed")
 
 
 def device_of(impl: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from head_cases import head_case, run_head
 from helpers import same_bits
+from small_model import CONFIG, Model, batch
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, token_logp
 from pmpo_kernels.chunks import pack
@@ -190,3 +193,50 @@ def test_products_add_to_float32(dtype: torch.dtype) -> None:
     add_product(total, a, b)
     terms = want.abs() + a.double().abs() @ b.double().abs()
     assert ((total.double() - want).abs() <= 302 * torch.finfo(torch.float32).eps / 2 * terms).all()
+
+
+def from_logits(model: Model, case: Case) -> torch.Tensor:
+    given = (case.token_ids, case.old_logp, case.advantages)
+    return pmpo_loss(
+        model(case.token_ids.roll(1, 1)), *given, mask=case.mask, ref_logp=case.ref_logp, config=CONFIG
+    ).loss
+
+
+def from_hidden(model: Model, case: Case) -> torch.Tensor:
+    given = (model.head.weight, case.token_ids, case.old_logp, case.advantages)
+    h = model.hidden(case.token_ids.roll(1, 1))
+    return linear_pmpo_loss(h, *given, mask=case.mask, ref_logp=case.ref_logp, config=CONFIG).loss
+
+
+@pytest.mark.parametrize("loss", [from_logits, from_hidden])
+def test_saved_tensors_in_pinned_memory(loss: Callable[[Model, Case], torch.Tensor]) -> None:
+    """Offloaded to the CPU and back: the same bits."""
+    case, results = Case(*(t.cuda() for t in batch())), []
+    for context in (contextlib.nullcontext(), torch.autograd.graph.save_on_cpu(pin_memory=True)):
+        model = Model().cuda()
+        with context:
+            value = loss(model, case)
+        value.backward()
+        results.append(
+            [p.grad for p in model.parameters() if p is not model.embedding.weight]
+        )  # that one adds atomically
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("loss", [from_logits, from_hidden])
+def test_a_training_step_is_compiled_once(loss: Callable[[Model, Case], torch.Tensor]) -> None:
+    """As in test_compile.py, with inductor's kernels around the loss."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for B, T in ((4, 7), (5, 9), (3, 17), (12, 5)):
+        case, values = Case(*(t.cuda() for t in batch(B, T))), []
+        for function in (loss, compiled):
+            model = Model().cuda()
+            value = function(model, case)
+            value.backward()
+            values.append((value.detach(), model.head.weight.grad))
+        # products over H = 8 and sums over at most 60 tokens in another order: 100 roundings
+        for a, b in zip(*values, strict=True):
+            assert (a - b).norm() <= 100 * torch.finfo(torch.float32).eps * b.norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,4 +1,4 @@
-"""With what PyTorch offers around a loss: checkpointing, offloaded tensors, autocast, torch.func."""
+"""With what PyTorch offers around a loss: checkpointing, offloaded tensors, autocast, derivatives of other kinds."""
 
 from __future__ import annotations
 
@@ -6,40 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_model import CONFIG, Model, batch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
-from pmpo_kernels.verification import Case, make_case
-
-V, H = 24, 8
-CONFIG = LossConfig.pmpo(full_clip_fraction=0.5, beta=0.1, entropy_coef=0.01)
-
-
-class Model(nn.Module):
-    """Embedding, one layer, LM head: hidden states and logits (B, T, V) of token ids (B, T)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.layer, self.head = nn.Embedding(V, H), nn.Linear(H, H), nn.Linear(H, V, bias=False)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        return torch.tanh(self.layer(self.embedding(ids)))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.hidden(ids))
-        return logits
-
-
-def batch() -> Case:
-    """Log-ratios of some tenths: old and reference log-probs near those of the model."""
-    case = make_case(torch.float32, B=6, T=5, V=V)
-    with torch.no_grad():
-        logp = Model()(case.token_ids.roll(1, 1)).log_softmax(-1).gather(-1, case.token_ids[..., None])[..., 0]
-    noise = 0.25 * torch.randn(2, *logp.shape, generator=torch.Generator().manual_seed(0))
-    return case._replace(old_logp=logp + noise[0], ref_logp=logp + noise[1])
+from pmpo_kernels import linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.verification import Case
 
 
 def loss(logits: Tensor, case: Case) -> Tensor:
@@ -81,6 +55,25 @@ def test_gradient_checkpointing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients(run), gradients(want), strict=True))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_around_the_loss(use_reentrant: bool) -> None:
+    """Layers and loss again in the backward pass, both kinds of checkpointing: the same bits."""
+
+    def layers(model: Model, case: Case) -> Tensor:
+        """The reentrant kind sees gradients through its inputs only, hence the embedding outside."""
+        x = model.embedding(case.token_ids.roll(1, 1))
+        return checkpoint(lambda x: torch.tanh(model.layer(x)), x, use_reentrant=use_reentrant)
+
+    def logits(model: Model, case: Case) -> Tensor:
+        return checkpoint(lambda h: loss(model.head(h), case), layers(model, case), use_reentrant=use_reentrant)
+
+    def hidden(model: Model, case: Case) -> Tensor:
+        return checkpoint(lambda h: fused(model, case, h), layers(model, case), use_reentrant=use_reentrant)
+
+    for run, want in ((logits, plain), (hidden, plain_fused)):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(run), gradients(want), strict=True))
+
+
 @pytest.mark.parametrize("run", [plain, plain_fused])
 def test_saved_tensors_may_go_elsewhere(run: Callable[[Model, Case], Tensor]) -> None:
     """save_on_cpu, and hooks that keep a copy: the same bits."""
@@ -94,28 +87,116 @@ def test_saved_tensors_may_go_elsewhere(run: Callable[[Model, Case], Tensor]) ->
         assert all(torch.equal(a, b) for a, b in zip(gradients(hooked), want, strict=True))
 
 
-def test_autocast() -> None:
-    """Logits in bfloat16 from a float32 model: gradients in float32, near those without autocast."""
+@pytest.mark.parametrize("run", [plain, plain_fused])
+def test_autocast(run: Callable[[Model, Case], Tensor]) -> None:
+    """Logits in bfloat16 from a float32 model: gradients in float32, near those without autocast. The head's weight stays float32
+    in `linear_pmpo_loss`, its products are in bfloat16."""
 
     def cast(model: Model, case: Case) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return plain(model, case)
+            return run(model, case)
 
-    for a, b in zip(gradients(cast), gradients(plain), strict=True):
+    for a, b in zip(gradients(cast), gradients(run), strict=True):
         assert a.dtype == torch.float32
+        assert not torch.equal(a, b)
         # hidden states, logits (below 1, three times in a coefficient) and their gradients, and those of the layer's output and
         # input are rounded to bfloat16: eight roundings of u
         assert (a - b).norm() <= 8 * torch.finfo(torch.bfloat16).eps / 2 * b.norm()
 
 
-@pytest.mark.parametrize("function", ["grad", "vmap"])
-def test_functional_transforms_raise(function: str) -> None:
+CASE, MODEL = batch(), Model()
+HIDDEN = MODEL.hidden(CASE.token_ids).detach()
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "pmpo_loss": (lambda z: loss(z, CASE), CASE.logits.float()),
+    "pmpo_loss in place": (lambda z: pmpo_loss(z * 1, CASE.token_ids, None, CASE.advantages, inplace=True).loss, CASE.logits.float()),
+    "pmpo_loss_from_logp": (lambda x: pmpo_loss_from_logp(x, CASE.old_logp, CASE.advantages).loss, CASE.ref_logp),
+    "token_logp": (lambda z: token_logp(z, CASE.token_ids).logp.sum(), CASE.logits.float()),
+    "token_logp's entropy": (lambda z: token_logp(z, CASE.token_ids).entropy.sum(), CASE.logits.float()),
+    "linear_pmpo_loss": (lambda h: fused(MODEL, CASE, h), HIDDEN),
+    "linear_pmpo_loss's weight": (
+        lambda w: linear_pmpo_loss(HIDDEN, w, CASE.token_ids, CASE.old_logp, CASE.advantages).loss,
+        MODEL.head.weight.detach(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_derivative_raises(name: str) -> None:
+    """Where the graph of the first is asked for, and through hvp; the first derivative is there without it."""
+    function, x = FUNCTIONS[name]
+    leaf = x.clone().requires_grad_()
+    assert torch.autograd.grad(function(leaf), leaf)[0].abs().sum() > 0
+    with pytest.raises(RuntimeError, match="first-order backward, got create_graph=True"):
+        torch.autograd.grad(function(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first-order backward, got create_graph=True"):
+        function(leaf).backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="first-order backward, got create_graph=True"):
+        torch.autograd.functional.hvp(function, x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name", ["pmpo_loss_from_logp", "linear_pmpo_loss"])
+def test_a_second_derivative_of_a_compiled_call_raises(name: str) -> None:
+    """There it is PyTorch that refuses, when the second derivative is taken."""
+    function, x = FUNCTIONS[name]
+    leaf = x.clone().requires_grad_()
+    torch._dynamo.reset()
+    value = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        (value + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functional_transforms_raise(name: str) -> None:
     """torch.func cannot go through an operator with a gradient of its own: an error of PyTorch that says so, not a number."""
-    case = batch()
-    z = case.logits.float()
-    transform = {
-        "grad": lambda: torch.func.grad(lambda x: loss(x, case))(z),
-        "vmap": lambda: torch.func.vmap(lambda x: loss(x, case))(z[None]),
-    }
+    function, x = FUNCTIONS[name]
+    transforms: list[Callable[[], object]] = [
+        lambda: torch.func.grad(function)(x),
+        lambda: torch.func.vmap(function)(x[None]),
+        lambda: torch.func.vjp(function, x),
+        lambda: torch.func.jvp(function, (x,), (torch.ones_like(x),)),
+        lambda: torch.func.jacrev(function)(x),
+        lambda: torch.func.hessian(function)(x),
+    ]
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match="setup_context"):
+            transform()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_forward_mode_raises(name: str, enabled: bool) -> None:
+    """With and without grad mode: a tangent that is silently lost would read as a zero derivative."""
+    function, x = FUNCTIONS[name]
+    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp function for custom"):
+            function(dual)
+
+
+def test_functional_call() -> None:
+    """Other parameters in the model's place: the same bits by ordinary autograd, an error by torch.func."""
+    given = {name: p.detach().clone().requires_grad_() for name, p in MODEL.named_parameters()}
+
+    def value(parameters: dict[str, Tensor]) -> Tensor:
+        return loss(torch.func.functional_call(MODEL, parameters, (CASE.token_ids.roll(1, 1),)), CASE)
+
+    found = torch.autograd.grad(value(given), list(given.values()))
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(plain), strict=True))
     with pytest.raises(RuntimeError, match="setup_context"):
-        transform[function]()
+        torch.func.grad(value)(given)
+
+
+def test_batched_gradients() -> None:
+    """is_grads_batched: the kernels run once for each; `linear_pmpo_loss`, which only scales, refuses."""
+    function, x = FUNCTIONS["pmpo_loss"]
+    leaf, factors = x.clone().requires_grad_(), torch.tensor([1.0, -2.0, 0.5])
+    value = function(leaf)
+    (batched,) = torch.autograd.grad(value, leaf, factors, is_grads_batched=True, retain_graph=True)
+    for found, factor in zip(batched, factors, strict=True):
+        assert torch.equal(found, torch.autograd.grad(value, leaf, factor, retain_graph=True)[0])
+    function, x = FUNCTIONS["linear_pmpo_loss"]
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(function(leaf), leaf, factors, is_grads_batched=True)
