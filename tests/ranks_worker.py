@@ -52,7 +52,9 @@ class Call(NamedTuple):
         assert z.grad is not None
         return out, z.grad
 
-    def linear(self, hidden: Tensor, weight: Tensor, config: LossConfig, **options: Any) -> tuple[PMPOOutput, Tensor, Tensor]:
+    def linear(
+        self, hidden: Tensor, weight: Tensor, config: LossConfig, **options: Any
+    ) -> tuple[PMPOOutput, Tensor, Tensor]:
         """The result and the gradients of hidden states and weight."""
         h, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
         given = {name: getattr(self, name) for name in ("mask", "ref_logp", "rollout_weights", "cu_seqlens")}
@@ -166,7 +168,12 @@ def vocabulary_options() -> None:
     out = pmpo_loss(x, case.token_ids, case.old_logp, case.advantages, mask=case.mask, config=config,
                     group=dist.group.WORLD, inplace=True)  # fmt: skip
     out.loss.backward()
-    close(z.grad, case._replace(ref_logp=None, rollout_weights=None).loss(config)[1].split(sizes, -1)[rank], V * 10, torch.float32)
+    close(
+        z.grad,
+        case._replace(ref_logp=None, rollout_weights=None).loss(config)[1].split(sizes, -1)[rank],
+        V * 10,
+        torch.float32,
+    )
 
 
 def dtensors() -> None:
@@ -311,7 +318,7 @@ def sequence_from_logp() -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     case = whole(torch.float64)
     at = pieces(8, rank, world, "contiguous")
-    logp = (case.old_logp + 0.2 * torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    logp = case.old_logp + 0.2 * torch.randn(6, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     a, b = logp.clone().requires_grad_(), logp[:, at].clone().requires_grad_()
     want = pmpo_loss_from_logp(a, case.old_logp, case.advantages, mask=case.mask)
     got = pmpo_loss_from_logp(b, case.old_logp[:, at], case.advantages, mask=case.mask[:, at], mesh=mesh)
