@@ -1,13 +1,9 @@
-"""One of two processes over gloo: `distributed_worker.py RANK STORE SCENARIO...`. Exits 1 with a traceback where one fails."""
+"""One of two processes over gloo: `distributed_worker.py RANK WORLD STORE SCENARIO...`. Exits 1 with a traceback where one fails."""
 
 from __future__ import annotations
 
-import datetime
-import faulthandler
-import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -18,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import take_part
 from small_model import CONFIG, H, Model, batch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -231,7 +228,7 @@ def fsdp_outside() -> None:
 
 
 def dtensors() -> None:
-    """Any other argument as a DTensor raises too, and says which."""
+    """Any other argument but logits (tests/ranks_worker.py) as a DTensor raises too, and says which."""
     case, mesh = whole_batch("uneven"), init_device_mesh("cpu", (WORLD,))
     given = (case.token_ids, case.old_logp, case.advantages)
 
@@ -239,7 +236,6 @@ def dtensors() -> None:
         return distribute_tensor(x, mesh, [Shard(0)])
 
     calls: dict[str, Callable[[], object]] = {
-        "logits": lambda: pmpo_loss(sharded(case.logits), *given),
         "token_ids": lambda: pmpo_loss(case.logits, sharded(case.token_ids), *given[1:]),
         "logp": lambda: pmpo_loss_from_logp(sharded(case.old_logp), *given[1:]),
         "old_logp": lambda: pmpo_loss_from_logp(case.old_logp, sharded(case.old_logp), case.advantages),
@@ -263,23 +259,5 @@ def docs() -> None:
 
 SCENARIOS = {f.__name__: f for f in (ddp, ddp_outside, fsdp, fsdp_head, fsdp_outside, dtensors, docs)}
 
-
-def main(rank: int, store: str, *names: str) -> None:
-    faulthandler.enable()
-    faulthandler.dump_traceback_later(80, exit=True)  # a process that waits says where
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=40)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timeout)
-    for name in names:
-        SCENARIOS[name]()
-    Path(f"{store}.{rank}").touch()
-    while not all(Path(f"{store}.{other}").exists() for other in range(WORLD)):
-        time.sleep(0.01)  # a connection must not close under the other
-    sys.stdout.flush()
-    os._exit(
-        0
-    )  # all is checked; now and then a process aborts while PyTorch and the interpreter take their threads down
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    take_part(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], SCENARIOS, tuple(sys.argv[4:]), limit=80)

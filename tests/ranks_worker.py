@@ -5,8 +5,6 @@ The expected values are computed in every process, from the whole case.
 
 from __future__ import annotations
 
-import datetime
-import faulthandler
 import math
 import os
 import sys
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from processes import take_part
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.distributed import ranks as ranks_module
-from pmpo_kernels.verification import Case, configurations, make_case
+from pmpo_kernels.verification import configurations, make_case
 
 V, H = 37, 8
 SIZES = {2: [30, 7], 4: [1, 20, 11, 5]}  # of the vocabulary's parts
@@ -567,17 +566,5 @@ SCENARIOS = {
     )
 }  # fmt: skip
 
-
-def main(rank: int, world: int, store: str, *names: str) -> None:
-    faulthandler.dump_traceback_later(110, exit=True)  # a process that waits says where
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=20)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
-    for name in names:
-        SCENARIOS[name]()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    take_part(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], SCENARIOS, tuple(sys.argv[4:]), limit=110)

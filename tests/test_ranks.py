@@ -1,0 +1,37 @@
+"""The loss over vocabulary, sequence and data parallel ranks against one process, on 2 and 4 processes over gloo. The cases are in
+tests/ranks_worker.py; each process compares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import run_ranks, with_gloo
+
+SCENARIOS = {
+    "vocabulary": (
+        "vocabulary",
+        "vocabulary_of_minus_infinity",
+        "vocabulary_options",
+        "vocabulary_of_a_head",
+        "dtensors",
+    ),
+    "sequence": ("sequence", "sequence_packed", "sequence_of_a_head", "sequence_from_logp"),
+    "data": ("data", "denominators"),
+    "errors": ("wrong_arguments", "errors", "collectives"),
+    "killed": ("killed",),
+}
+FOUR = {**SCENARIOS, "together": ("combinations", "three_dimensions")}
+LIMIT = 120
+
+pytestmark = with_gloo
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks(name: str, tmp_path: Path) -> None:
+    run_ranks("ranks_worker.py", 2, SCENARIOS[name], tmp_path, LIMIT)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks(name: str, tmp_path: Path) -> None:
+    run_ranks("ranks_worker.py", 4, FOUR[name], tmp_path, LIMIT)
