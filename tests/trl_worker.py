@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from test_trl import B, batch, ours
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-CASES = [(wrapping, preset) for wrapping in ("ddp", "fsdp", "fsdp_head") for preset in ("pmpo", "dapo")]
+WRAPPINGS = ("ddp", "fsdp", "fsdp_head", "fsdp_bf16")
+CASES = [(wrapping, preset) for wrapping in WRAPPINGS for preset in ("pmpo", "dapo")]
 
 
 def whole(gradient: Tensor) -> Tensor:
@@ -32,9 +33,10 @@ def gradients(wrapping: str, preset: str, folder: Path) -> tuple[dict[str, Tenso
         model = made.accelerator.prepare_model(made.model)
     else:
         model = made.model
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if wrapping == "fsdp_bf16" else None)
         for layer in [*model.model.layers, *([model.lm_head] if wrapping == "fsdp_head" else [])]:
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
     made._compute_loss(model, inputs).backward()
     found = {name: whole(p.grad) for name, p in made.model.named_parameters()}
     return found, {name: values[-1] for name, values in made._metrics["train"].items()}

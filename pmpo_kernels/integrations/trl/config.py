@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ SCHEDULED = ("holder", "holder_token")
 HOLDER = {"power_start": 2.0, "power_end": -2.0, "power_schedule": "linear"}
 APMPO = {"apmpo_gamma": 0.8, "apmpo_eps_min": 0.2, "apmpo_eps_max": 0.4}
 SOLVED = ("power_min", "power_max", "ess_rule", "full_clip_fraction", "ess_sharpness", "ess_floor")
+UNREAD_FAMILIES = ("sapo_", "vespo_", "entropy_target", "entropy_coef_")  # options of TRL's other losses
 NO_CHOICE = {  # TRL's choices of a loss, which `preset` makes instead: the only value that changes nothing
     "loss_type": (None, "preset chooses the loss"),
     "importance_sampling_level": ("token", 'preset chooses the loss; at the level of the sequence it is "gspo"'),
@@ -65,7 +66,9 @@ class PMPOConfig(GRPOConfig):
     power_schedule: Schedule | None = _option(
         None, "Shape of p between the two, along the optimizer steps: 'linear' (default), 'square', 'cube' or 'sine'."
     )
-    apmpo_gamma: float | None = _option(None, "Preset 'apmpo': p = exp(-gamma * mean reward); default 0.8.")
+    apmpo_gamma: float | None = _option(
+        None, "Preset 'apmpo': p = exp(-gamma * mean reward), of rewards whose mean is >= 0; default 0.8."
+    )
     apmpo_eps_min: float | None = _option(
         None, "Preset 'apmpo': upper clip of the ratio minus 1 without reward; default 0.2."
     )
@@ -142,7 +145,7 @@ class PMPOConfig(GRPOConfig):
         self._expect(
             "epsilon_high", self.epsilon_high is None or 0 < self.epsilon_high < math.inf, "None or a finite number > 0"
         )
-        self._expect("delta", self.delta is None or 1 < self.delta < math.inf, "None or a finite ratio > 1")
+        self._expect("delta", self.delta is None or self.delta < math.inf, "None or a finite ratio")
         shapes = get_args(Schedule)
         self._expect("power_schedule", self.power_schedule in (None, *shapes), f"one of {list(shapes)}")
         for check, names in (
@@ -160,9 +163,18 @@ class PMPOConfig(GRPOConfig):
             "False with top_entropy_quantile or off_policy_mask_threshold, which choose tokens by their log-probs before the loss",
         )
         self._expect("torch_compile", not (self.fused_head and self.torch_compile), "False with fused_head")
-        self.loss_config()
+        self._unread(self.ess_rule == "absolute", ("ess_floor",), "ess_rule='absolute'")
+        for option in fields(GRPOConfig):
+            if option.name.startswith(UNREAD_FAMILIES):
+                unset = getattr(self, option.name) == option.default
+                self._expect(option.name, unset, f"{option.default!r}, because no loss of this trainer reads it")
+        self._expect(
+            "entropy_coef", not (self.entropy_coef and self.top_entropy_quantile < 1), "0 with top_entropy_quantile"
+        )
         self.scheduled_power(0.0)
-        self.reward_rule(torch.zeros(1))
+        above = (self.reward_rule(torch.ones(1)) or self.loss_config()).clip_high
+        ok = self.delta is None or self.delta > math.exp(above)
+        self._expect("delta", ok, f"None or a ratio above the upper clip, which is {math.exp(above):.6g}")
 
     def _expect(self, name: str, ok: bool, expected: str) -> None:
         if not ok:

@@ -11,7 +11,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,18 +24,17 @@ PROBE = (-30.0, -4.0, -0.5, 0.0, 0.25, 1.0, 8.0, 60.0)
 """Stands for the logits while the head is replaced: what the model makes of it shows its scale and softcap."""
 
 
-@dataclass
 class Scoring:
     """What a call of the model computes of the last `length` tokens (T): log-probs, or with `loss` their loss too.
 
     `loss` is `linear_pmpo_loss` but for the model's part, `hidden`, `weight`, `bias` and the scale of the logits. The call
-    sets `out`; the caller of the model sets `value`, the loss as it comes out of the wrapped model.
+    sets `out`; the caller of the model sets `value`, the loss as it comes out of the wrapped model. (FSDP would copy a dataclass.)
     """
 
-    length: int
-    loss: Callable[..., PMPOOutput] | None = None
-    out: PMPOOutput | None = None
-    value: Tensor | None = None
+    def __init__(self, length: int, loss: Callable[..., PMPOOutput] | None = None) -> None:
+        self.length, self.loss = length, loss
+        self.out: PMPOOutput | None = None
+        self.value: Tensor | None = None
 
 
 def logit_options(config: Any) -> dict[str, Any]:
@@ -81,13 +79,18 @@ def add_loss_head(model: nn.Module, *, temperature: float, fused: bool, float32_
             return inner(*args, **kwargs)
         if scoring is None or (fused and scoring.loss is None and torch.is_grad_enabled()):
             return inner(*args, fused_lm_head=True, **kwargs)
+        if self is not model:
+            raise RuntimeError(
+                "model: expected the one that the trainer was given, got a copy of it; save and load it instead"
+            )
         labels, T = kwargs.pop("labels"), scoring.length
         if takes_length:
             kwargs["logits_to_keep"] = T + 1  # as `pmpo_loss` takes them: the last position is ignored
         call = functools.partial(inner, *args, use_cache=False, **kwargs)
         ids, mask = labels[:, -T:].clamp(min=0), labels[:, -T:] != -100
         if not fused:
-            outputs = call()
+            with in_float32(self) if float32_head else contextlib.nullcontext():
+                outputs = call()
             logp, entropy = token_logp(
                 outputs.logits[:, -(T + 1) :], ids, mask=mask, temperature=temperature, impl=impl
             )
@@ -122,25 +125,13 @@ def scored(loss: Tensor | None, logp: Tensor, entropy: Tensor | None, outputs: A
 
 
 @contextlib.contextmanager
-def replaced_head(
-    model: nn.Module,
-    loss: Callable[..., PMPOOutput],
-    options: dict[str, Any],
-    scoring: Scoring,
-    float32: bool,
+def head_forward(
+    model: nn.Module, make: Callable[[Any, Callable[..., Tensor]], Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
-    """The head computes the loss of its input, in its own forward pass, where a sharded weight is whole, and returns the probe."""
+    """The LM head's forward pass replaced, within the block, by what `make` makes of the head and its own."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     own = head.__dict__.get("forward")
-
-    def forward(hidden: Tensor) -> Tensor:
-        hidden = hidden[:, -(scoring.length + 1) :]
-        without_autocast = torch.autocast(hidden.device.type, enabled=False)
-        with without_autocast if float32 else contextlib.nullcontext():
-            scoring.out = loss(hidden.float() if float32 else hidden, head.weight, bias=head.bias, **options)
-        return torch.tensor(PROBE, device=hidden.device).view(1, 1, -1)
-
-    head.forward = forward
+    head.forward = make(head, head.forward)
     try:
         yield
     finally:
@@ -150,6 +141,44 @@ def replaced_head(
             head.forward = own
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def in_float32(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """TRL's head in float32, which autocast would round again."""
+
+    def make(head: Any, own: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(hidden: Tensor) -> Tensor:
+            with without_autocast(hidden):
+                return own(hidden)
+
+        return forward
+
+    return head_forward(model, make)
+
+
+def replaced_head(
+    model: nn.Module,
+    loss: Callable[..., PMPOOutput],
+    options: dict[str, Any],
+    scoring: Scoring,
+    float32: bool,
+) -> contextlib.AbstractContextManager[None]:
+    """The head computes the loss of its input, in its own forward pass, where a sharded weight is whole, and returns the probe."""
+
+    def make(head: Any, own: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(hidden: Tensor) -> Tensor:
+            hidden = hidden[:, -(scoring.length + 1) :]
+            with without_autocast(hidden) if float32 else contextlib.nullcontext():
+                scoring.out = loss(hidden.float() if float32 else hidden, head.weight, bias=head.bias, **options)
+            return torch.tensor(PROBE, device=hidden.device).view(1, 1, -1)
+
+        return forward
+
+    return head_forward(model, make)
+
+
 def check_head(model: nn.Module) -> None:
     """The head's weight and bias are all there is to it."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -157,6 +186,12 @@ def check_head(model: nn.Module) -> None:
         raise ValueError(
             f"fused_head: expected False for {type(model).__name__}, because its LM head is not a torch.nn.Linear of floating-"
             f"point numbers, got True and {type(head).__name__}"
+        )
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"fused_head: expected False for a model spread over devices, because the LM head's hooks would not run, got True and "
+            f"{sorted(map(str, devices))}"
         )
 
 

@@ -32,7 +32,7 @@ def loss_metrics(
     `power_mean`, `power_min`, `power_max`, `ess`, `ess_target` (tokens), `ratio_mean`, `ratio_max`, `approx_kl`.
 
     Means over the tokens or the non-empty trajectories of all ranks, without those that were skipped because their advantage
-    is 0, of which nothing is known; NaN where there are none, which TRL leaves out of its logs. `clip_ratio` counts the
+    is 0, of which nothing is known; NaN where there are none, which TRL leaves out of its means. `clip_ratio` counts the
     skipped, in which nothing is clipped.
 
     Args:

@@ -66,9 +66,9 @@ class PMPOTrainer(GRPOTrainer):
         """The rewards of all ranks; a preset that depends on them gets its loss for the steps on these completions."""
         by_function: Tensor = super()._calculate_rewards(*args, **kwargs)
         scored = by_function[~by_function.isnan().all(1)]
-        config = self.args.reward_rule((scored * self.reward_weights.to(scored)).nansum(1).float())
-        if config is not None:
-            self._loss_configs[self._mode] = config
+        if len(scored):
+            config = self.args.reward_rule((scored * self.reward_weights.to(scored)).nansum(1).float())
+            self._loss_configs[self._mode] = config or self._loss_configs[self._mode]
         return by_function
 
     def _get_per_token_logps_and_entropies(
