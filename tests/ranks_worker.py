@@ -480,6 +480,11 @@ def errors() -> None:
         made = mine._replace(**change) if rank == last else mine
         with pytest.raises(RuntimeError, match=f"{name}: expected the same on ranks"):
             made.loss(config, group=dist.group.WORLD)
+    cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    with pytest.raises(RuntimeError, match="sequence_split: expected the same on ranks"):
+        case.loss(config, mesh=cp, sequence_split="zigzag" if rank == last else "contiguous")
+    with pytest.raises(ValueError if rank == last else RuntimeError, match="sequence_split: expected one of"):
+        case.loss(config, mesh=cp, sequence_split="stripes" if rank == last else "contiguous")
     with pytest.raises(RuntimeError, match="options: expected the same on ranks"):
         mine.loss(LossConfig.gmpo() if rank == last else config, group=dist.group.WORLD)
     everywhere = mine._replace(token_ids=mine.token_ids + V * mine.mask)
@@ -505,7 +510,6 @@ def wrong_arguments() -> None:
         ("mesh: expected a torch.distributed.device_mesh.DeviceMesh", {"mesh": dist.group.WORLD}),
         ('mesh: expected dimensions "tp", "cp", "dp"', {"mesh": init_device_mesh("cpu", (world,))}),
         ("mesh: expected dimensions", {"mesh": init_device_mesh("cpu", (world,), mesh_dim_names=("pp",))}),
-        ("sequence_split: expected one of", {"mesh": cp, "sequence_split": "stripes"}),
         ("sequence_split: expected 'contiguous' without", {"sequence_split": "zigzag"}),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -557,12 +561,30 @@ def collectives() -> None:
         ranks_module.dist.all_gather, ranks_module.dist.all_reduce = gather, reduce
 
 
+def hosts() -> None:
+    """Where a group's network is the GPUs', arguments are agreed on over another one, which is made once."""
+    world = dist.group.WORLD
+    assert ranks_module.host_group(world) is world
+    asked = dist.get_backend
+    ranks_module.dist.get_backend = lambda group: "nccl"
+    try:
+        other = ranks_module.host_group(world)
+        assert other is not world
+        assert ranks_module.host_group(world) is other
+        case = whole(torch.float32)
+        mine = case._replace(logits=vocabulary_part(case.logits, -1, dist.get_rank(), SIZES[dist.get_world_size()]))
+        config = LossConfig.pmpo()
+        same_result(mine.loss(config, group=world)[0], case.loss(config)[0], V, torch.float32)
+    finally:
+        ranks_module.dist.get_backend = asked
+
+
 SCENARIOS = {
     f.__name__: f
     for f in (
         vocabulary, vocabulary_of_minus_infinity, vocabulary_options, dtensors, vocabulary_of_a_head, sequence, sequence_packed,
         sequence_of_a_head, sequence_from_logp, data, denominators, combinations, three_dimensions, errors, wrong_arguments,
-        collectives, killed,
+        collectives, hosts, killed,
     )
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ SCENARIOS = {
     ),
     "sequence": ("sequence", "sequence_packed", "sequence_of_a_head", "sequence_from_logp"),
     "data": ("data", "denominators"),
-    "errors": ("wrong_arguments", "errors", "collectives"),
+    "errors": ("wrong_arguments", "errors", "collectives", "hosts"),
     "killed": ("killed",),
 }
 FOUR = {**SCENARIOS, "together": ("combinations", "three_dimensions")}

@@ -38,12 +38,11 @@ ALONE = Ranks()
 
 
 def find_ranks(group: ProcessGroup | None, mesh: DeviceMesh | None, sequence_split: Split) -> Ranks:
-    """From the arguments of a call.
+    """From the arguments of a call; what these themselves have wrong, the other ranks do not hear of.
 
     Raises:
         TypeError, ValueError: both or wrong ones are given; a dimension of the mesh without a meaning.
     """
-    checks.check_choice("sequence_split", sequence_split, Split)
     if group is not None and mesh is not None:
         raise ValueError("mesh: expected None when group is given, got both")
     if group is None and mesh is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pmpo_kernels.autograd import TrajectoryInputs
-from pmpo_kernels.checks import check_token_ids, checks_values
+from pmpo_kernels.checks import check_choice, check_token_ids, checks_values
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.denominator import reduced
 from pmpo_kernels.distributed.ranks import Agreement, Ranks, agreement, all_reduce, find_ranks, fingerprint, host_group
 from pmpo_kernels.distributed.sequence import gather_tokens
 from pmpo_kernels.distributed.vocabulary import Vocabulary
-from pmpo_kernels.sharing import Sharing, Whole
+from pmpo_kernels.sharing import Sharing, Split, Whole
 
 GIVEN = ("old_logp", "mask", "ref_logp", "rollout_weights", "power", "target_ess", "policy_mask")
 
@@ -69,11 +69,13 @@ class Shared(Sharing):
             self.parts = Vocabulary(self.ranks.vocabulary, self.agreed.vocabularies)
 
     def describe(self, vocabulary: int, tokens: Tensor, inputs: TrajectoryInputs) -> None:
+        check_choice("sequence_split", self.ranks.split, Split)
         B = inputs.cu_seqlens.numel() - 1
         given = sum(2**i for i, name in enumerate(GIVEN) if getattr(inputs, name) is not None)
         of_trajectories = {
             "number of trajectories": B,
             "vocabulary": vocabulary,
+            "sequence_split": get_args(Split).index(self.ranks.split),
             "optional arguments": given,
             "options": fingerprint(torch.tensor(inputs.options, dtype=torch.float64)),
             "advantages, power or target_ess": fingerprint(inputs.advantages, inputs.power, inputs.target_ess),
