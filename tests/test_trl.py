@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pmpo_kernels
 from pmpo_kernels import pmpo_loss
 from pmpo_kernels.schedules import apmpo_clip, apmpo_power, holder_power
 
@@ -701,7 +702,8 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         port = server.getsockname()[1]
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     program += ["--master-port", str(port), str(Path(__file__).parent / "trl_worker.py"), str(folder)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    found = str(Path(pmpo_kernels.__file__).parent.parent)  # for a working tree that is not installed
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": found}
     done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(torch.load(folder / "gradients.pt", weights_only=True))
