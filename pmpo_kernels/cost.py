@@ -149,23 +149,28 @@ def part(head: Head, scheme: Scheme) -> float:
     return head.vocabulary / scheme.tp
 
 
+def twice(scheme: Scheme, call: Call) -> bool:
+    """Whether the fused head projects again for the gradient: a trajectory's tokens, or with cp > 1 all of the rank's, are more
+    than a chunk."""
+    whole = call.entering / (1 if scheme.cp > 1 else max(call.trajectories, 1))
+    return scheme.path == "fused" and whole > scheme.chunk
+
+
 def again(scheme: Scheme, call: Call) -> int:
-    """Tokens that the fused head projects a second time: those with a gradient, where a trajectory's part on the rank, or with
-    cp > 1 all tokens of the rank, are more than a chunk."""
-    whole = call.entering / (1 if scheme.cp > 1 else call.trajectories)
-    return call.returning if scheme.path == "fused" and whole > scheme.chunk else 0
+    """Tokens that are projected a second time: those with a gradient."""
+    return call.returning if twice(scheme, call) else 0
 
 
 def pieces(scheme: Scheme, call: Call) -> tuple[int, int]:
     """Chunks of the fused head that are projected, and those that give a gradient; 1 and 1 for a head with all logits."""
-    if scheme.path != "fused":
+    if scheme.path != "fused" or not call.entering:
         return 1, 1
-    if again(scheme, call):
-        n = 1 if scheme.cp > 1 else call.trajectories
+    n = 1 if scheme.cp > 1 else call.trajectories
+    if twice(scheme, call):
         back = n * math.ceil(call.returning / n / scheme.chunk)
         return n * math.ceil(call.entering / n / scheme.chunk) + back, back
-    n = 1 if scheme.cp > 1 else math.ceil(call.trajectories / (scheme.chunk * call.trajectories // call.entering))
-    return n, n
+    chunks = math.ceil(n / (scheme.chunk * n // call.entering))  # of whole trajectories
+    return chunks, chunks
 
 
 def products(head: Head, scheme: Scheme, call: Call) -> float:
@@ -356,6 +361,11 @@ class Prediction:
         return max(self.products + self.passes + self.exchange, self.weight)
 
     @property
+    def weight_bound(self) -> bool:
+        """Whether the weight's collectives are the larger."""
+        return self.head == self.weight
+
+    @property
     def share(self) -> float:
         """Of a training step: forward and backward, without rollouts and optimizer."""
         return self.head / (self.head + self.below)
@@ -374,7 +384,8 @@ def predict(
 
     A product takes the longer of its FLOPs and its bytes, because they overlap within a kernel. The layers below: 6 FLOPs
     (2 forward, 4 backward) a token and active parameter, without attention's and recomputed ones, or the collectives of their
-    weights if these take longer; so the head's share is an upper bound.
+    weights if these take longer; so the head's share is an upper bound. D of the batch is taken once a step
+    (`distributed.denominator`), and the calls know nothing of "dp".
     """
     head, a_group = model.head, tokens / (scheme.cp * scheme.dp)
     calls = math.ceil(a_group / (call_tokens * scheme.tp))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,3 +256,9 @@ def test_more_bandwidth_shortens_the_passes_alone() -> None:
     slow, fast = (predict(MODELS[0], Scheme(dp=64, path="logits"), device, 1e7) for device in (H100, H200))
     assert slow.passes / fast.passes == pytest.approx(4.8 / 3.35)
     assert (slow.products, slow.weight, slow.below) == (fast.products, fast.weight, fast.below)
+
+
+def test_the_predictions_of_the_docs_are_the_models() -> None:
+    program = ROOT / "benchmarks" / "scaling.py"
+    done = subprocess.run([sys.executable, str(program), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
