@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -262,3 +263,10 @@ def test_the_predictions_of_the_docs_are_the_models() -> None:
     program = ROOT / "benchmarks" / "scaling.py"
     done = subprocess.run([sys.executable, str(program), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.S)
+    (block,) = (block for block in blocks if "pmpo_kernels.cost" in block)
+    exec(compile(block, "docs/scaling.md", "exec"), {})
+    assert "of the step" in capsys.readouterr().out
