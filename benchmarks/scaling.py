@@ -7,6 +7,8 @@ python benchmarks/scaling.py --check  exits 1 if a block does not say what the m
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -169,14 +171,24 @@ def memories() -> list[str]:
     ]
 
 
-def break_even(model: Model, scheme: Scheme) -> int:
+def break_even(model: Model, scheme: Scheme, device: Device = H100) -> int:
     """Tokens a GPU and call below which the weight's collectives take longer than head and loss."""
     low, high = 1, 1 << 24
     while high - low > 1:
         middle = (low + high) // 2
-        found = predict(model, scheme, H100, middle * scheme.gpus, call_tokens=1 << 25, length=LENGTH)
-        low, high = (low, middle) if found.weight < found.products + found.passes + found.exchange else (middle, high)
+        found = predict(model, scheme, device, middle * scheme.gpus, call_tokens=1 << 25, length=LENGTH)
+        low, high = (middle, high) if found.weight_bound else (low, middle)
     return high
+
+
+def other_assumptions() -> list[Device]:
+    """Every assumed share a third less or more, at most 1, in every combination."""
+    shares = ("of_flops", "of_flops_below", "of_bandwidth", "of_link")
+    factors = product((2 / 3, 4 / 3), repeat=len(shares))
+    changes = [
+        {name: min(1.0, f * getattr(H100, name)) for name, f in zip(shares, row, strict=True)} for row in factors
+    ]
+    return [replace(H100, **change) for change in changes]
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:
@@ -205,6 +217,10 @@ def findings() -> list[str]:
     def exchange(found: Prediction) -> float:
         return found.exchange / found.head
 
+    varied = [
+        spread([step(MODELS[0], name, 1e7, 64, device).loss_share for device in other_assumptions()], percent)
+        for name in ("eager, FSDP", "`pmpo_loss`, FSDP")
+    ]
     eager, logits, split = "eager, FSDP", "`pmpo_loss`, FSDP", "fused, tp 8"
     small = [step(SMALLER[0], name, 1e7, 64).loss_share for name in (eager, logits)]
     hidden = [widest(MODELS[0], SCHEMES[name](64)) for name in (eager, logits)]
@@ -247,6 +263,10 @@ def findings() -> list[str]:
         f' {4096:,} of "dp" {milliseconds(host.agreement)} ms at the assumed {1e6 * H100.host_latency:.0f} us a hop, when a step of'
         f" 1 M tokens takes {milliseconds(host.head + host.below)} ms. It is not in the shares: take D once a step with"
         ' `denominator`, and leave "dp" out of the mesh of the calls.',
+        f"7. **What hangs on the assumed shares**: with each a third less or more, in every combination, the loss takes {varied[0]}"
+        f" (eager) or {varied[1]} (`pmpo_loss`) of a step of {MODELS[0].name}, and the weight's collectives take longer below"
+        f" {spread([break_even(MODELS[0], Scheme(dp=512), device) for device in other_assumptions()], comma)} tokens a GPU and"
+        " call. Memory and bytes sent do not depend on them.",
     ]
 
 

@@ -99,7 +99,7 @@ def counted(found: list[tuple[str, list[Any]]]) -> tuple[int, int, int]:
 ENTERING = Call(B * T, 4, rows=4 * T, gradient_rows=4 * (T - 3))
 
 
-@pytest.mark.parametrize("chunk", [100, 16, 10, 8, 5, 4, 1])
+@pytest.mark.parametrize("chunk", [100, 16, 12, 8, 5, 4, 1])
 def test_fused_head(chunk: int) -> None:
     """One chunk of all, two trajectories or one of them in a chunk, and trajectories that are projected twice."""
     scheme = Scheme(chunk=chunk)
