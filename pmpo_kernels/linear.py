@@ -215,7 +215,8 @@ def linear_loss(
         work = find_work(ids, inputs, head.skip_zero_advantage)
         limit = head.max_chunk_tokens
         if limit is None:
-            limit = default_chunk_tokens(max(work.lengths, default=0), row_bytes(V, head), hidden.device)
+            longest = sum(work.lengths) if sharing.splits_trajectories else max(work.lengths, default=0)
+            limit = default_chunk_tokens(longest, row_bytes(V, head), hidden.device)
         limit = sharing.smallest(limit)
         chunks = list(pack(work.lengths, limit))
         if sharing.splits_trajectories:  # the loss of none is known before all log-probs are

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,9 +21,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
+from pmpo_kernels import LossConfig, PMPOOutput, cost, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.distributed import ranks as ranks_module
+from pmpo_kernels.projection import Projection
 from pmpo_kernels.verification import configurations, make_case
 
 V, H = 37, 8
@@ -528,7 +531,7 @@ def killed() -> None:
 
 
 def collectives() -> None:
-    """How many, and how much is sent: what docs/scaling.md says."""
+    """How many, and how much is sent: what `cost.collectives` says."""
     rank, world = dist.get_rank(), dist.get_world_size()
     sent: list[tuple[str, int]] = []
     gather, reduce = dist.all_gather, dist.all_reduce
@@ -543,22 +546,81 @@ def collectives() -> None:
 
     ranks_module.dist.all_gather = counted("all_gather", gather)
     ranks_module.dist.all_reduce = counted("all_reduce", reduce)
+
+    def compare(call: cost.Call, **dims: Any) -> None:
+        """Calls and bytes of each operation since the last comparison."""
+        found: dict[str, list[float]] = {}
+        for c in cost.collectives(cost.Head(H, V, element=4), cost.Scheme(**dims), call):
+            of_operation = found.setdefault(c.operation, [0, 0])
+            of_operation[0], of_operation[1] = of_operation[0] + c.count, of_operation[1] + c.count * c.payload
+        assert {
+            name: [sum(n == name for n, _ in sent), sum(size for n, size in sent if n == name)] for name, _ in sent
+        } == found
+        sent.clear()
+
     try:
         case, config = whole(torch.float32), LossConfig.pmpo()
-        N, agreed = case.token_ids.numel(), ("all_gather", 16 * 8 + ranks_module.MESSAGE_BYTES)
+        N, B = case.token_ids.numel(), len(case.advantages)
+        agreed = ("all_gather", 16 * 8 + ranks_module.MESSAGE_BYTES)
+        of_call = {"constants": 3, "checked": True}
         mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, SIZES[world]))
         mine.loss(config, group=dist.group.WORLD)
         assert sent == [agreed, agreed, ("all_gather", 4 * 4 * N)]
-        sent.clear()
+        compare(cost.Call(N, B, **of_call), tp=world, path="logits")
         cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
         at = pieces(8, rank, world, "contiguous")
         columns(case, at).loss(config, mesh=cp)
         assert sent == [agreed, agreed, ("all_gather", 8 * 7 * N // world)]
-        sent.clear()
-        case.loss(config, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)))
+        compare(cost.Call(N // world, B, **of_call), cp=world, path="logits")
+        dp = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+        case.loss(config, mesh=dp)
         assert sent == [agreed, agreed, ("all_reduce", 8)]
+        compare(cost.Call(N, B, **of_call), dp=world, path="logits")
+
+        hidden, weight = head(torch.float32)
+        case, config = near(case, hidden, weight), LossConfig.pmpo(beta=0.1)  # even ones, and all have a gradient
+        case = case._replace(mask=torch.ones_like(case.mask))
+        for chunk in (16, 5):  # two trajectories in a chunk; each in two pieces, projected twice
+            options = {"config": config, "max_chunk_tokens": chunk}
+            case.linear(hidden, vocabulary_part(weight, 0, rank, SIZES[world]), group=dist.group.WORLD, **options)
+            assert sum(size == 4 * N * H for _, size in sent) == 1
+            compare(cost.Call(N, B, **of_call), tp=world, chunk=chunk)
+            columns(case, at).linear(hidden[:, at], weight, mesh=cp, **options)
+            compare(cost.Call(N // world, B, **of_call), cp=world, chunk=chunk)
+            case.linear(hidden, weight, mesh=dp, **options)
+            compare(cost.Call(N, B, **of_call), dp=world, chunk=chunk)
     finally:
         ranks_module.dist.all_gather, ranks_module.dist.all_reduce = gather, reduce
+
+
+def docs() -> None:
+    """The blocks of docs/scaling.md on how to call, in order."""
+    text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "pmpo_kernels.cost" not in b]
+    assert len(blocks) == 4
+    exec(compile("\n".join(blocks), "docs/scaling.md", "exec"), {})
+
+
+def default_chunk() -> None:
+    """Where trajectories are split, a chunk is all of the rank's tokens: each is projected once."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    hidden, weight = head(torch.float64)
+    mine = columns(near(whole(torch.float64), hidden, weight), pieces(8, rank, world, "contiguous"))
+    at = pieces(8, rank, world, "contiguous")
+    seen: list[int] = []
+    project = Projection.project
+
+    def counted(self: Projection, rows: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(rows))
+        return project(self, rows)
+
+    Projection.project = counted  # type: ignore[method-assign]
+    try:
+        mine.linear(hidden[:, at], weight, LossConfig.pmpo(), mesh=mesh)
+    finally:
+        Projection.project = project  # type: ignore[method-assign]
+    assert seen == ([int(mine.mask[mine.advantages != 0].sum())] if mine.mask[mine.advantages != 0].any() else [])
 
 
 def hosts() -> None:
@@ -584,7 +646,7 @@ SCENARIOS = {
     for f in (
         vocabulary, vocabulary_of_minus_infinity, vocabulary_options, dtensors, vocabulary_of_a_head, sequence, sequence_packed,
         sequence_of_a_head, sequence_from_logp, data, denominators, combinations, three_dimensions, errors, wrong_arguments,
-        collectives, hosts, killed,
+        collectives, docs, default_chunk, hosts, killed,
     )
 }  # fmt: skip
 

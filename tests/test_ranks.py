@@ -19,6 +19,7 @@ SCENARIOS = {
     "sequence": ("sequence", "sequence_packed", "sequence_of_a_head", "sequence_from_logp"),
     "data": ("data", "denominators"),
     "errors": ("wrong_arguments", "errors", "collectives", "hosts"),
+    "documentation": ("docs", "default_chunk"),
     "killed": ("killed",),
 }
 FOUR = {**SCENARIOS, "together": ("combinations", "three_dimensions")}
