@@ -5,7 +5,7 @@ BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test peers bench verify lint clean
+.PHONY: demo test peers bench verify experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -52,6 +52,13 @@ verify: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# What is there already is not run again: after an interruption, the same command goes on.
+experiment: .venv/installed
+	$(BIN)/python examples/experiment/run_all.py --out out/experiment
+
+experiment-gpu: .venv/installed
+	$(BIN)/python examples/experiment/run_all.py --out out/experiment-smollm2 --model smollm2 --device cuda --bfloat16
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .

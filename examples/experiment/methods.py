@@ -1,0 +1,90 @@
+"""The losses that are compared, by name; and what each is given at a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pmpo_kernels import LossConfig
+from pmpo_kernels.schedules import apmpo_clip, apmpo_power, holder_power
+
+PRESETS = {
+    "grpo": LossConfig.grpo,
+    "dapo": LossConfig.dapo,
+    "gmpo": LossConfig.gmpo,
+    "gspo": LossConfig.gspo,
+    "hmpo": LossConfig.hmpo,
+    "holder": LossConfig.holder,
+    "apmpo": LossConfig.apmpo,
+    "pmpo": LossConfig.pmpo,
+}
+FAMILY = tuple(PRESETS)
+ABLATION = (
+    "pmpo",
+    "pmpo:full_clip_fraction=0.05",
+    "pmpo:full_clip_fraction=0.2",
+    "pmpo:full_clip_fraction=0.5",
+    "pmpo:ess_sharpness=0.5",
+    "pmpo:ess_sharpness=2",
+    "pmpo:ess_rule=absolute,ess_floor=0.5",
+    "pmpo:ess_rule=absolute,ess_floor=0.9",
+    "pmpo:clip_low=0.2,clip_high=0.2",
+    "gmpo:clip_low=0.2,clip_high=0.2",
+    "pmpo:power_min=1",  # p = 1 at PMPO's clip: what the adaptation itself does
+)
+"""PMPO's rule and clip, one choice changed at a time, and what lies at the ends."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset and options of `LossConfig` that replace its own, written `pmpo:full_clip_fraction=0.2,clip_low=0.2`.
+
+    Raises:
+        ValueError: an unknown preset, an option without a value, or what `LossConfig` refuses.
+    """
+
+    spec: str
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"method: expected one of {list(PRESETS)}, perhaps with :option=value, got {self.spec!r}")
+        try:
+            self.arguments(0.0, None)
+        except TypeError as error:  # of a dataclass's constructor, which names the option
+            raise ValueError(f"method: expected options of LossConfig, got {self.spec!r} ({error})") from None
+
+    @property
+    def preset(self) -> str:
+        return self.spec.partition(":")[0]
+
+    @property
+    def file_stem(self) -> str:
+        """The spec as part of a file name."""
+        return self.spec.replace(":", "__").replace(",", "_")
+
+    def options(self) -> dict[str, Any]:
+        """Those after the colon, as numbers where they are."""
+        _, colon, text = self.spec.partition(":")
+        pairs = [item.partition("=") for item in text.split(",")] if colon else []
+        if not all(name and value for name, _, value in pairs):
+            raise ValueError(f"method: expected option=value after the colon, separated by commas, got {self.spec!r}")
+        return {name: _number(value) for name, _, value in pairs}
+
+    def arguments(self, progress: float, rewards: Tensor | None) -> tuple[LossConfig, float | None]:
+        """The `config` and `power` of a step: `progress` is the part of the training that is done, `rewards` (B,) are those
+        of its rollouts (None: not known yet)."""
+        if self.preset == "holder":
+            return PRESETS["holder"](0.0, **self.options()), holder_power(progress)
+        if self.preset == "apmpo" and rewards is not None:
+            return PRESETS["apmpo"](apmpo_power(rewards), apmpo_clip(rewards), **self.options()), None
+        first = (1.0,) if self.preset == "apmpo" else ()
+        return PRESETS[self.preset](*first, **self.options()), None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,99 @@
+"""Arithmetic problems with checkable answers: sums and differences of one-digit numbers, one running total after another.
+
+`8+7-9=` is level 2, its solution `15 06`. The level is the number of operations; every total is between 0 and 99.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LEVELS = (2, 3, 4, 5)
+HELD_OUT_SHARE = 5  # one problem in so many
+FORGOTTEN, SLIP = 0.6, 0.05  # of the noisy solutions' carries; of their steps
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A start and what is added to it, one number an operation."""
+
+    start: int
+    terms: tuple[int, ...]
+
+    @property
+    def level(self) -> int:
+        return len(self.terms)
+
+    @property
+    def expression(self) -> str:
+        """Such as `8+7-3`."""
+        return str(self.start) + "".join(f"{term:+d}" for term in self.terms)
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """The total after each operation."""
+        return tuple(self.start + sum(self.terms[: i + 1]) for i in range(self.level))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the problem is for evaluation: a property of its text, so that no problem can be on both sides."""
+        return hashlib.sha256(self.expression.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def draw_problem(rng: random.Random, level: int, *, held_out: bool) -> Problem:
+    """A problem of one side of the split; totals stay at or above 0.
+
+    Raises:
+        ValueError: a level that is not one of `LEVELS`, or 1.
+    """
+    if level not in (1, *LEVELS):
+        raise ValueError(f"level: expected one of {[1, *LEVELS]}, got {level!r}")
+    while True:
+        start, terms = rng.randint(1, 9), []
+        for _ in range(level):
+            size = rng.randint(1, 9)
+            minus = rng.random() < 0.4 and start + sum(terms) >= size
+            terms.append(-size if minus else size)
+        problem = Problem(start, tuple(terms))
+        if problem.held_out == held_out:
+            return problem
+
+
+def draw_problems(key: str, count: int, levels: tuple[int, ...] = LEVELS, *, held_out: bool = False) -> list[Problem]:
+    """`count` problems, levels in turn; the same ones for the same key, everywhere."""
+    rng = random.Random(key)
+    return [draw_problem(rng, levels[i % len(levels)], held_out=held_out) for i in range(count)]
+
+
+def solution(problem: Problem) -> str:
+    """All totals, two digits each."""
+    return write(problem.totals)
+
+
+def noisy_solution(problem: Problem, rng: random.Random) -> str:
+    """The solution by someone who mostly forgets to carry (17+8: 15) and to borrow, now and then is off by one, and goes on
+    from there."""
+    total, totals = problem.start, []
+    for term in problem.terms:
+        right = total + term
+        if right // 10 != total // 10 and rng.random() < FORGOTTEN:
+            right = total // 10 * 10 + right % 10
+        if rng.random() < SLIP:
+            right += rng.choice((-1, 1))
+        total = max(right, 0)
+        totals.append(total)
+    return write(totals)
+
+
+def write(totals: Iterable[int]) -> str:
+    """Two digits each."""
+    return " ".join(f"{total:02d}" for total in totals)
+
+
+def reward(problem: Problem, text: str, ended: bool) -> float:
+    """1 where the text came to its end and the last number in it is the answer, else 0."""
+    numbers = re.findall(r"\d+", text)
+    return float(ended and bool(numbers) and int(numbers[-1]) == problem.totals[-1])
