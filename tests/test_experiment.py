@@ -35,7 +35,7 @@ from pmpo_kernels.schedules import apmpo_clip, apmpo_power
 
 RUN = Path(__file__).parent.parent / "examples" / "experiment" / "run_all.py"
 TINY = Settings(
-    method="pmpo", seed=0, staleness=2, steps=2, prompts=2, copies=4, evaluate_every=2, held_out=8, compare_every=1
+    method="pmpo", seed=0, staleness=2, steps=2, prompts=2, copies=4, evaluate_every=2, held_out=8, compare_every=2
 )
 
 
@@ -171,6 +171,7 @@ def test_arguments_of_a_step() -> None:
         ({"staleness": 0}, "staleness: expected an int >= 1, got 0"),
         ({"steps": 3}, "steps: expected a multiple of the staleness, which is 2, got 3"),
         ({"evaluate_every": 1}, "evaluate_every: expected a multiple"),
+        ({"compare_every": 1}, "compare_every: expected a multiple"),
         ({"copies": 1}, "copies: expected an int >= 2"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number > 0"),
         ({"model": "large"}, "model: expected small or smollm2"),
@@ -213,7 +214,7 @@ def write_logs(folder: Path) -> None:
     for method, gain in (("grpo", 0.1), ("pmpo", 0.2), ("pmpo:clip_low=0.2", -0.25)):
         for staleness in (1, 2):
             for seed in (0, 1):
-                s = Settings(method=method, seed=seed, staleness=staleness, steps=4, evaluate_every=2)
+                s = Settings(method=method, seed=seed, staleness=staleness, steps=4, evaluate_every=2, compare_every=2)
                 rows = [{"kind": "evaluation", "step": 0, "accuracy": 0.4, "greedy": 0.4, "levels": {}}]
                 for step in range(1, 5):
                     numbers = {"gradient_norm": float(step), "clip_fraction": 0.02, "entropy": 0.5}

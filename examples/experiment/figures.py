@@ -81,7 +81,7 @@ def draw_runs(logs: list[Log], path: Path) -> None:
                         curve(axis, runs, name, method, colour[method])
                 axis.set_ylabel(label)
                 axis.grid(alpha=0.3)
-                if name == "gradient_norm":
+                if name == "gradient_norm" and any(np.nanmax(line.get_ydata()) > 0 for line in axis.get_lines()):
                     axis.set_yscale("log")
             axes[0, column].set_title(steps_of(staleness))
             axes[-1, column].set_xlabel("optimizer step")

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run depends on, beside the weights it starts from.
+    """Everything that a run depends on, beside the weights it starts from. The defaults are those of the small model.
 
     Args:
         method: a preset, perhaps with options: see `Method`.
@@ -30,7 +30,8 @@ class Settings:
         loss: "logits" for `pmpo_loss`, "linear" for `linear_pmpo_loss`, "eager" for the same loss in plain PyTorch.
         evaluate_every: optimizer steps between two evaluations, a multiple of the staleness.
         held_out: problems of an evaluation.
-        compare_every: batches of rollouts between two timings of the step with our loss and with the eager one; 0: none.
+        compare_every: optimizer steps between two timings of the step with our loss and with the eager one, a multiple of the
+            staleness; 0: none.
 
     Raises:
         ValueError: a number out of its range, or what `Method` refuses.
@@ -40,15 +41,15 @@ class Settings:
     seed: int
     staleness: int
     model: ModelName = "small"
-    steps: int = 480
+    steps: int = 256
     prompts: int = 8
     copies: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     gradient_clip: float = 1.0
     loss: LossName = "logits"
-    evaluate_every: int = 48
-    held_out: int = 250
-    compare_every: int = 10
+    evaluate_every: int = 64
+    held_out: int = 480
+    compare_every: int = 64
     device: str = "cpu"
     bfloat16: bool = False
 
@@ -63,7 +64,7 @@ class Settings:
         _expect("gradient_clip", self.gradient_clip > 0, "a number > 0", self.gradient_clip)
         _expect("model", self.model in ("small", "smollm2"), "small or smollm2", self.model)
         _expect("loss", self.loss in LOSSES, f"one of {list(LOSSES)}", self.loss)
-        for name in ("steps", "evaluate_every"):
+        for name in ("steps", "evaluate_every", "compare_every"):
             ok = getattr(self, name) % self.staleness == 0
             _expect(name, ok, f"a multiple of the staleness, which is {self.staleness}", getattr(self, name))
 

@@ -22,6 +22,10 @@ HEADER = (
 )  # fmt: skip
 
 
+BRIEF = (0, 2, 3, 5, 6, 7, 8, 9)
+"""Columns on the terminal; all are in results.md."""
+
+
 def cells(s: Summary) -> tuple[str, ...]:
     """A row of the table."""
     error = "" if s.standard_error is None else f" ± {100 * s.standard_error:.1f}"
@@ -69,9 +73,9 @@ def write_report(folder: Path, console: Console) -> None:
     for staleness, summaries in groups.items():
         title = f"{staleness} optimizer step{'s' * (staleness > 1)} a batch of rollouts"
         rows = [cells(x) for x in summaries]
-        table = Table(*HEADER, title=title, box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(*(HEADER[i] for i in BRIEF), title=title, box=SIMPLE_HEAD, pad_edge=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(row[i] for i in BRIEF))
         console.print(table)
         lines = [HEADER, ("---",) * len(HEADER), *rows]
         parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")

@@ -22,10 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from train import train
 
 USUAL = {
-    "small": {"steps": 256, "learning_rate": 1e-4, "evaluate_every": 64, "held_out": 240},
-    "smollm2": {"steps": 256, "learning_rate": 1e-5, "evaluate_every": 64, "held_out": 192},
+    "small": {"loss": "logits"},
+    "smollm2": {"loss": "linear", "learning_rate": 1e-5},
 }
-SMOKE = {"steps": 1, "evaluate_every": 1, "held_out": 3, "prompts": 2, "copies": 4}
+"""What each model has instead of the defaults of `Settings`."""
+SMOKE = {"steps": 1, "evaluate_every": 1, "compare_every": 1, "held_out": 3, "prompts": 2, "copies": 4}
 
 
 def plan(methods: list[str], seeds: int, staleness: list[int], options: dict) -> list[Settings]:
@@ -42,22 +43,21 @@ def execute(runs: list[Settings], out: Path, jobs: int, pretrain_steps: int, con
     """Pre-train where it is needed, then the runs that are missing; the first error ends it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        missing = [s for s in runs if not finished(out, s)]
         if runs[0].model == "small" and not (out / FILE).exists():
             bar = progress.add_task("pre-training", total=pretrain_steps)
             pretrain(out / FILE, pretrain_steps, lambda loss: progress.advance(bar))
-        missing = [s for s in runs if not finished(out, s)]
         bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(missing))
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max(1, min(jobs, len(missing))), mp_context=spawn) as pool:
-            futures = {pool.submit(train, s, out): s for s in missing}
-            for future in as_completed(futures):
-                try:
+            futures = [pool.submit(train, s, out) for s in missing]
+            try:
+                for future in as_completed(futures):
                     future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    console.print(f"[red]{futures[future].name} failed[/red]")
-                    raise
-                progress.advance(bar)
+                    progress.advance(bar)
+            except BaseException:  # an interruption too: what has not begun is not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def main(
@@ -74,7 +74,7 @@ def main(
     model: Annotated[str, typer.Option(help="small or smollm2.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Of the forward pass.")] = False,
-    loss: Annotated[str, typer.Option(help="logits, linear or eager.")] = "",
+    loss: Annotated[str | None, typer.Option(help="logits, linear or eager.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
     evaluate_every: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
@@ -91,9 +91,8 @@ def main(
     if ablation and method:
         raise typer.BadParameter("--ablation: expected no --method beside it, which it chooses")
     options = {"model": model, "device": device, "bfloat16": bfloat16, **USUAL[model]}
-    options |= {"loss": loss or ("logits" if model == "small" else "linear")}
     given = {"steps": steps, "learning_rate": learning_rate, "evaluate_every": evaluate_every}
-    given |= {"held_out": held_out, "prompts": prompts, "copies": copies}
+    given |= {"held_out": held_out, "prompts": prompts, "copies": copies, "loss": loss}
     options |= (SMOKE if smoke else {}) | {name: value for name, value in given.items() if value is not None}
     methods = method or list(ABLATION if ablation else FAMILY)
     if smoke:

@@ -60,7 +60,7 @@ def run(settings: Settings, policy: Policy) -> Iterator[Row]:
                 | {"reward": float(part.rewards.mean()), "tokens": float(part.mask.sum(1).float().mean())}
                 | seen(out, part)
             )
-        if s.compare_every and first // s.staleness % s.compare_every == 0:
+        if s.compare_every and first % s.compare_every == 0:
             yield {"kind": "time", "step": step + 1, **times(policy, part, config, power, s.loss)}
         if (first + s.staleness) % s.evaluate_every == 0 or first + s.staleness == s.steps:
             yield {"kind": "evaluation", "step": first + s.staleness, **evaluate(policy, s)}
