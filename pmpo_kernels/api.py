@@ -184,7 +184,7 @@ def pmpo_loss(
             impl=impl,
         )
         checks.check_inplace(logits, inplace)
-        sharing.describe(logits.shape[-1], token_ids, inputs)
+        sharing.describe(logits.shape[-1], token_ids, inputs, D, (logits.dtype, config.temperature))
     sharing.check_token_ids(token_ids, inputs.mask)
     logp, entropy = _token_logp(logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts)
     return _loss(logp, entropy, inputs, D, config, sharing)
@@ -214,7 +214,7 @@ def pmpo_loss_from_logp(
     `entropy`, shaped like logp and differentiable, is required by config.entropy_coef != 0, otherwise only a metric.
     config.temperature belongs to the logits and must be 1 here. All else as in `pmpo_loss`.
     """
-    sharing, (logp,) = _find_sharing(None, mesh, sequence_split, logp=(logp, -1))
+    sharing, _ = _find_sharing(None, mesh, sequence_split)
     with sharing.agreement():
         config = check_config(config)
         if config.temperature != 1.0:
@@ -246,7 +246,7 @@ def pmpo_loss_from_logp(
             denominator=denominator,
             impl=impl,
         )
-        sharing.describe(0, logp, inputs)
+        sharing.describe(0, logp, inputs, D, (logp.dtype, entropy is not None))
     out = _loss(logp, entropy, inputs, D, config, sharing)
     if mask is None:
         return out
@@ -344,11 +344,11 @@ def linear_pmpo_loss(
             denominator=denominator,
             impl=impl,
         )
-        sharing.describe(weight.shape[0], token_ids, inputs)
+        wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        skips = skip_zero_advantage and not config.beta and not config.entropy_coef
+        head = HeadOptions(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
+        sharing.describe(weight.shape[0], token_ids, inputs, D, (*head[:4], skips), tuple(wanted))
     sharing.check_token_ids(token_ids, inputs.mask)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    skips = skip_zero_advantage and not config.beta and not config.entropy_coef
-    head = HeadOptions(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
     loss, stats, D, logp, entropy = LinearLossFunction.apply(
         hidden, weight, bias, token_ids, inputs, D, config, head, sharing
     )

@@ -162,7 +162,8 @@ class LinearLoss:
         """The two products with the gradient of the logits in the projection's first rows, of tokens at `rows`; all (M,)."""
         scale = None
         if self.projection.head.dtype == torch.float16:
-            size = dlogp.abs() + dentropy.abs() * math.log(self.projection.weight.shape[0])
+            V = self.sharing.whole_vocabulary(self.projection.weight.shape[0])
+            size = dlogp.abs() + dentropy.abs() * math.log(V)
             scale = self.projection.float16_scale(size, h).to(self.dtype)
             dlogp, dentropy = dlogp * scale, dentropy * scale
         z = self.projection.z[: len(rows)]

@@ -33,8 +33,17 @@ class Sharing:
         """Around checks: what one rank raises there is raised on all."""
         return contextlib.nullcontext()
 
-    def describe(self, vocabulary: int, tokens: Tensor, inputs: TrajectoryInputs) -> None:
-        """Within the agreement: the sizes of this rank's part, and what others must have alike."""
+    def describe(
+        self,
+        vocabulary: int,
+        tokens: Tensor,
+        inputs: TrajectoryInputs,
+        denominator: Tensor | None,
+        everywhere: tuple[object, ...],
+        of_tokens: tuple[object, ...] = (),
+    ) -> None:
+        """Within the agreement: the sizes of this rank's part, and what others must have alike, plain values: those that share its
+        trajectories `everywhere`, those that share its tokens `of_tokens` too."""
 
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
         """Of the whole vocabulary, on all ranks; on one device the stages check them."""
@@ -59,8 +68,12 @@ class Sharing:
         """The gradient of what all parts of the vocabulary read, in place."""
 
     def everywhere(self, finite: Tensor) -> Tensor:
-        """Whether (0-d bool) it holds on all ranks that share the tokens."""
+        """Whether (0-d bool) it holds on all ranks that share the tokens or the trajectories."""
         return finite
+
+    def whole_vocabulary(self, own: int) -> int:
+        """The size of the vocabulary of which this rank has `own`."""
+        return own
 
 
 ALONE = Sharing()

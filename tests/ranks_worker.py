@@ -5,11 +5,13 @@ The expected values are computed in every process, from the whole case.
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,9 +135,14 @@ def vocabulary_of_minus_infinity() -> None:
     logits[~case.mask] = math.nan
     case = case._replace(logits=logits, token_ids=ids)
     mine = case._replace(logits=vocabulary_part(logits, -1, rank, sizes))
-    for config in (LossConfig.grpo(), LossConfig.pmpo(entropy_coef=0.1)):
-        want, gradient = case.loss(config)
-        got, part = mine.loss(config, group=dist.group.WORLD)
+    target = case.logits[..., start:].amax(-1) == -math.inf
+    ids = torch.where(case.mask & (torch.arange(8) == 3), start, case.token_ids)  # in that part: of probability 0
+    assert target[case.mask].all()
+    elsewhere = case._replace(token_ids=ids), mine._replace(token_ids=ids)
+    configs, impls = (LossConfig.grpo(), LossConfig.pmpo(entropy_coef=0.1)), ("reference", "cpp", "triton")
+    for (whole_case, its_part), config, impl in product(((case, mine), elsewhere), configs, impls):
+        want, gradient = whole_case.loss(config, impl="reference")
+        got, part = its_part.loss(config, group=dist.group.WORLD, impl=impl)
         assert want.loss.isfinite()
         same_result(got, want, V, torch.float64)
         close(part, vocabulary_part(gradient, -1, rank, sizes), V * 10, torch.float64)
@@ -209,6 +216,13 @@ def dtensors() -> None:
     close(w.grad.full_tensor(), dweight, V * 10, torch.float64)
     with pytest.raises(TypeError, match="weight: expected a plain tensor, got a DTensor"):  # perhaps FSDP's
         linear_pmpo_loss(h, w, *tokens, **given)
+    dp = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    with pytest.raises(ValueError, match='weight: expected group= or a mesh with "tp" beside a sharded DTensor'):
+        linear_pmpo_loss(h, w, *tokens, **given, mesh=dp)
+    if world == 4:
+        two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        with pytest.raises(ValueError, match="logits: expected to be sharded over ranks"):
+            pmpo_loss(z, *tokens, **given, mesh=two)
     assert rank < world
 
 
@@ -315,6 +329,26 @@ def sequence_of_a_head() -> None:
                 assert torch.equal(got.power.isnan(), want.power.isnan())
 
 
+def sequence_options() -> None:
+    """A policy mask of tokens; metrics where trajectories without an advantage are skipped; a denominator that is given."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    hidden, weight = head(torch.float64)
+    case = near(whole(torch.float64), hidden, weight)
+    at, kept = pieces(8, rank, world, "contiguous"), torch.arange(48).view(6, 8) % 3 > 0
+    config = LossConfig.pmpo(full_clip_fraction=0.5)
+    want, gradient = case.loss(config, policy_mask=kept, denominator=7.0)
+    got, part = columns(case, at).loss(config, policy_mask=kept[:, at], denominator=7.0, mesh=mesh)
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(part, gradient[:, at])
+    assert want.loss != case.loss(config, denominator=7.0)[0].loss
+    want, dhidden, _ = case.linear(hidden, weight, config)
+    got, dh, _ = columns(case, at).linear(hidden[:, at], weight, config, mesh=mesh)
+    close(dh, dhidden[:, at], V * 10, torch.float64)
+    for name, value in want.metrics.items():
+        close(got.metrics[name], value, V * 100, torch.float64)
+
+
 def sequence_from_logp() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
@@ -352,6 +386,9 @@ def data() -> None:
             dist.all_reduce(total)
             close(total, want.loss, 16, dtype)
             close(part, gradient[at], 16, dtype)
+            halved, _ = rows(case, at).loss(config, mesh=mesh, denominator=3.0)
+            alone, _ = rows(case, at).loss(config, denominator=3.0)
+            assert torch.equal(halved.loss, alone.loss)
             hidden, weight = head(dtype)
             near_case = near(case, hidden, weight)
             want, dhidden, dweight = near_case.linear(hidden, weight, config)
@@ -381,6 +418,10 @@ def denominators() -> None:
     split = case.mask[:, pieces(8, rank, world, "contiguous")].sum(1)
     cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     assert denominator(split, LossConfig.pmpo(), mesh=cp) == case.mask.any(1).sum()
+    assert denominator(split, LossConfig.pmpo(), mesh=cp, averaged=True) == case.mask.any(1).sum() / world
+    both = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp_replicate", "dp_shard"))
+    mine = case.mask[rank * size : (rank + 1) * size].sum(1)
+    assert denominator(mine, LossConfig.dapo(), mesh=both, averaged=True) == case.mask.sum() / world
 
 
 # --- together ---------------------------------------------------------------------------------------------------------
@@ -475,8 +516,9 @@ def errors() -> None:
     different = {
         "number of tokens": {name: getattr(mine, name)[:, :-1] for name in (*PER_TOKEN, "logits")},
         "number of trajectories": {name: x[:-1] for name, x in mine._asdict().items() if x is not None},
-        "advantages, power or target_ess": {"advantages": mine.advantages + 1},
-        "token_ids, mask, old_logp or ref_logp": {"token_ids": (mine.token_ids + 1) % V},
+        "advantages, power, target_ess or denominator": {"advantages": mine.advantages + 1},
+        "token_ids or another tensor of the tokens": {"token_ids": (mine.token_ids + 1) % V},
+        "mask": {"mask": ~mine.mask},
         "optional arguments": {"ref_logp": None},
     }
     for name, change in different.items():
@@ -496,6 +538,62 @@ def errors() -> None:
     same_result(mine.loss(config, group=dist.group.WORLD)[0], case.loss(config)[0], V, torch.float32)
 
 
+def disagreements() -> None:
+    """What decides which collectives follow, or what comes of them, on one rank other than on the others: an error on all, no hang."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    last = rank == world - 1
+    case, config, group = whole(torch.float32), LossConfig.pmpo(), dist.group.WORLD
+    mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, SIZES[world]))
+    cp, dp = (init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("cp", "dp"))
+    hidden, weight = head(torch.float32)
+    part = vocabulary_part(weight, 0, rank, SIZES[world])
+    policy = torch.ones(6, dtype=torch.bool)
+
+    def frozen(h: Tensor) -> None:
+        w = part.clone().requires_grad_()
+        given = {"mask": mine.mask, "config": config, "group": group}
+        linear_pmpo_loss(h.requires_grad_(not last), w, mine.token_ids, mine.old_logp, mine.advantages, **given)
+
+    def ungraded() -> None:
+        w = part.clone().requires_grad_()
+        with torch.set_grad_enabled(not last):
+            linear_pmpo_loss(hidden, w, mine.token_ids, mine.old_logp, mine.advantages, config=config, group=group)
+
+    def entropies() -> None:
+        given = {"mask": case.mask, "mesh": cp, "entropy": case.old_logp if last else None}
+        pmpo_loss_from_logp(case.old_logp, case.old_logp, case.advantages, **given)
+
+    D = {"denominator": 3.0} if last else {}
+    calls: dict[str, Callable[[], object]] = {
+        "denominator, given or not": lambda: case.loss(config, mesh=dp, **D),
+        "denominator, given or not:": lambda: case.linear(hidden, weight, config, mesh=cp, **D),
+        "advantages, power, target_ess or denominator": lambda: mine.loss(config, group=group, denominator=3.0 + last),
+        "options": lambda: mine.loss(LossConfig.pmpo(temperature=1.0 + 0.1 * last), group=group),
+        "options:": lambda: mine.linear(hidden, part, config, group=group, skip_zero_advantage=last),
+        "options: ": lambda: mine.linear(hidden, part, config, group=group, logit_scale=1.0 + last),
+        "options: e": lambda: entropies(),
+        "options: ex": lambda: (mine._replace(logits=mine.logits.double()) if last else mine).loss(config, group=group),
+        "token_ids or another": lambda: mine.loss(config, group=group, policy_mask=policy ^ last),
+        "gradients that are wanted": lambda: frozen(hidden.clone()),
+        "gradients that are wanted,": ungraded,
+        "gradients that are wanted, impl": lambda: mine.loss(config, group=group, impl="reference" if last else "cpp"),
+        "config.loss_agg_mode": lambda: denominator(case.mask.sum(1), LossConfig.dapo() if last else config, mesh=dp),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=name):
+            call()
+    same_result(mine.loss(config, group=group)[0], case.loss(config)[0], V, torch.float32)
+
+    # what stands in masked slots may differ, and how a mask and ids are stored
+    if last:
+        slots = {
+            name: torch.where(mine.mask, getattr(mine, name), 5 * rank)
+            for name in ("old_logp", "token_ids", "ref_logp")
+        }
+        mine = mine._replace(**slots, mask=mine.mask.int())._replace(token_ids=slots["token_ids"].int())
+    same_result(mine.loss(config, group=group)[0], case.loss(config)[0], V, torch.float32)
+
+
 def raises_head(raises: Callable[..., None], case: Call, kind: type[Exception], message: str, **options: Any) -> None:
     hidden, weight = head(torch.float32)
     raises(lambda made, config, **given: made.linear(hidden, weight, config, **given), case, kind, message, **options)
@@ -505,7 +603,7 @@ def wrong_arguments() -> None:
     """Of the groups themselves; nothing is exchanged before."""
     world = dist.get_world_size()
     case = whole(torch.float32)
-    cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    cp, dp = (init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("cp", "dp"))
     config = LossConfig.pmpo()
     for message, options in (
         ("mesh: expected None when group is given", {"mesh": cp, "group": dist.group.WORLD}),
@@ -513,6 +611,8 @@ def wrong_arguments() -> None:
         ("mesh: expected a torch.distributed.device_mesh.DeviceMesh", {"mesh": dist.group.WORLD}),
         ('mesh: expected dimensions "tp", "cp", "dp"', {"mesh": init_device_mesh("cpu", (world,))}),
         ("mesh: expected dimensions", {"mesh": init_device_mesh("cpu", (world,), mesh_dim_names=("pp",))}),
+        ("mesh: expected dimensions", {"mesh": init_device_mesh("cpu", (world,), mesh_dim_names=("dp_cp",))}),
+        ('sequence_split: expected "contiguous" without a dim', {"mesh": dp, "sequence_split": "zigzag"}),
         ("sequence_split: expected 'contiguous' without", {"sequence_split": "zigzag"}),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -631,6 +731,7 @@ def hosts() -> None:
     ranks_module.dist.get_backend = lambda group: "nccl"
     try:
         other = ranks_module.host_group(world)
+        assert ranks_module.timeout_of(other) == ranks_module.timeout_of(world) == datetime.timedelta(seconds=55)
         assert other is not world
         assert ranks_module.host_group(world) is other
         case = whole(torch.float32)
@@ -645,8 +746,8 @@ SCENARIOS = {
     f.__name__: f
     for f in (
         vocabulary, vocabulary_of_minus_infinity, vocabulary_options, dtensors, vocabulary_of_a_head, sequence, sequence_packed,
-        sequence_of_a_head, sequence_from_logp, data, denominators, combinations, three_dimensions, errors, wrong_arguments,
-        collectives, docs, default_chunk, hosts, killed,
+        sequence_of_a_head, sequence_options, sequence_from_logp, data, denominators, combinations, three_dimensions, errors, wrong_arguments,
+        disagreements, collectives, docs, default_chunk, hosts, killed,
     )
 }  # fmt: skip
 

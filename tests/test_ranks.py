@@ -16,9 +16,9 @@ SCENARIOS = {
         "vocabulary_of_a_head",
         "dtensors",
     ),
-    "sequence": ("sequence", "sequence_packed", "sequence_of_a_head", "sequence_from_logp"),
+    "sequence": ("sequence", "sequence_packed", "sequence_of_a_head", "sequence_options", "sequence_from_logp"),
     "data": ("data", "denominators"),
-    "errors": ("wrong_arguments", "errors", "collectives", "hosts"),
+    "errors": ("wrong_arguments", "errors", "disagreements", "collectives", "hosts"),
     "documentation": ("docs", "default_chunk"),
     "killed": ("killed",),
 }

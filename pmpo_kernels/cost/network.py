@@ -89,8 +89,8 @@ def collectives(head: Head, scheme: Scheme, call: Call) -> list[Collective]:
 
     tp: 4 float32 numbers a projected token, one gather a chunk; backward from the fused head the sum of dhidden, M H s. cp: a key,
     logp, entropy and the constants, float64, of every token. dp: one number. The fused head besides: for tp the smallest chunk
-    (between hosts) and whether the gradient is finite, for cp twice the lengths of the trajectories. From logits the sum of dhidden
-    over tp is the trainer's: `trainer_collectives`.
+    (between hosts), for cp twice the lengths of the trajectories, for both whether the gradient is finite. From logits the sum of
+    dhidden over tp is the trainer's: `trainer_collectives`.
     """
     fused, forward = scheme.path == "fused", pieces(scheme, call)[0]
     tp, cp, dp = ((scheme.tp, 1), (scheme.cp, scheme.tp), (scheme.dp, scheme.tp * scheme.cp))
@@ -100,7 +100,7 @@ def collectives(head: Head, scheme: Scheme, call: Call) -> list[Collective]:
     if fused:
         found.append(Collective("dhidden", "all_reduce", *tp, call.tokens * head.hidden * head.element))
         found.append(Collective("chunk", "all_reduce", *tp, 8, host=True))
-        found.append(Collective("finite", "all_reduce", *tp, 4))
+        found += [Collective("finite", "all_reduce", *group, 4) for group in (tp, cp)]
         found.append(Collective("lengths", "all_reduce", *cp, 8 * call.trajectories, 2))
     numbers = 3 + call.constants + (call.masked or fused)  # the fused head always has a mask
     found.append(Collective("tokens", "all_gather", *cp, FLOAT64 * numbers * call.tokens))

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmpo_kernels import checks
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, size
+from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, mark, size
 
 
 def denominator(
@@ -44,7 +44,8 @@ def denominator(
             checks.check_tensor("lengths", part, dtypes=checks.INTEGERS, device=parts[0].device, shape=part.shape)
         if not isinstance(config, LossConfig):
             raise TypeError(f"config: expected a LossConfig, got {type(config).__name__}")
-        mine.same_trajectories = {"lengths": sum(len(part) for part in parts)}
+        mine.same_batch = {"config.loss_agg_mode or averaged": mark(config.loss_agg_mode, averaged)}
+        mine.same_trajectories = {"lengths": sum(len(part) for part in parts), **mine.same_batch}
     tokens = torch.cat(parts).double()
     if ranks.sequence is not None:
         all_reduce(tokens, ranks.sequence, "the sum of the trajectories' lengths")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -50,11 +52,12 @@ def find_ranks(group: ProcessGroup | None, mesh: DeviceMesh | None, sequence_spl
     if group is not None:
         if not isinstance(group, ProcessGroup):
             raise TypeError(f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
-        return Ranks(vocabulary=group)
+        return Ranks(vocabulary=group, split=sequence_split)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
     names = mesh.mesh_dim_names or ()
-    meant = [name for name in names if name in ("tp", "cp") or name == "dp" or name.startswith("dp_")]
+    several = {"tp", "cp"}  # a flattened dimension such as "dp_cp" is more than one
+    meant = [n for n in names if n in ("tp", "cp", "dp") or (n.startswith("dp_") and not several & set(n.split("_")))]
     if not names or len(meant) < len(names):
         raise ValueError(f'mesh: expected dimensions "tp", "cp", "dp" or "dp_...", got {names or None}')
     found = {name: mesh.get_group(name) for name in names}
@@ -95,22 +98,39 @@ def all_reduce(x: Tensor, group: ProcessGroup, what: str, op: Any = dist.ReduceO
 
 
 def host_group(group: ProcessGroup) -> ProcessGroup:
-    """The same ranks on the hosts' network: what they exchange there waits for no GPU."""
+    """The same ranks on the hosts' network, with the same timeout: what they exchange there waits for no GPU."""
     if "gloo" in dist.get_backend(group):
         return group
     if group not in _HOST_GROUPS:
-        ranks = dist.get_process_group_ranks(group)
-        _HOST_GROUPS[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group)
+        with taking_part("the making of a group of hosts", group):
+            _HOST_GROUPS[group] = dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
     return _HOST_GROUPS[group]
 
 
-def fingerprint(*tensors: Tensor | None) -> int:
-    """Of their values, where values are checked; else 0."""
+def timeout_of(group: ProcessGroup) -> timedelta | None:
+    """Of its collectives; None, PyTorch's default, where it does not tell."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            return options._timeout  # type: ignore[no-any-return]
+    return None
+
+
+def fingerprint(*tensors: Tensor | None, mask: Tensor | None = None) -> int:
+    """Of their values, where values are checked and, of tensors like the mask, it is true; else 0."""
     crc = 0
     for x in tensors:
         if x is not None and checks.checks_values(x):
-            crc = zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
+            x = x.detach().reshape(-1)
+            x = x if mask is None or mask.numel() != x.numel() else torch.where(mask.reshape(-1), x, 0)
+            crc = zlib.crc32(x.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
     return crc
+
+
+def mark(*settings: object) -> int:
+    """A number of plain values: equal for equal ones."""
+    return zlib.crc32(repr(settings).encode())
 
 
 @dataclass
@@ -119,6 +139,7 @@ class Agreement:
 
     same_tokens: dict[str, int] = field(default_factory=dict)  # equal on the ranks that split a vocabulary
     same_trajectories: dict[str, int] = field(default_factory=dict)  # equal on those that split trajectories
+    same_batch: dict[str, int] = field(default_factory=dict)  # equal on those that split the batch
     V: int = 0  # of this rank's part of the vocabulary
     N: int = 0  # of its part of the tokens, masked ones too
     vocabularies: list[int] = field(default_factory=list)
@@ -141,7 +162,11 @@ def agreement(ranks: Ranks) -> Iterator[Agreement]:
         error = raised
     told = "" if error is None else f"rank {dist.get_rank() if ranks.groups() else 0}: {type(error).__name__}: {error}"
     for group in ranks.groups():
-        same = {ranks.vocabulary: mine.same_tokens, ranks.sequence: mine.same_trajectories}.get(group, {})
+        same = mine.same_batch
+        if group is ranks.vocabulary:
+            same = mine.same_tokens
+        elif group is ranks.sequence:
+            same = mine.same_trajectories
         numbers, messages = exchange([mine.V, mine.N, *same.values()], told, group)
         failed = [message for message in messages if message]
         if failed and not told:
@@ -165,9 +190,12 @@ def agreement(ranks: Ranks) -> Iterator[Agreement]:
 def exchange(numbers: Sequence[int], message: str, group: ProcessGroup) -> tuple[list[list[int]], list[str]]:
     """Numbers and messages of all ranks. Ranks with a message may have fewer numbers; theirs count as 0."""
     text = message.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
-    room = torch.zeros(16, dtype=torch.int64)
-    room[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
-    parts = torch.cat([room, torch.frombuffer(bytearray(text), dtype=torch.int64)])
+    room = [*numbers, *[0] * (16 - len(numbers))]
+    words = struct.unpack(f"<{MESSAGE_BYTES // 8}q", text)
+    parts = torch.tensor([*room, *words], dtype=torch.int64, device="cpu")
     every = all_gather(parts, host_group(group), "the agreement on the arguments")
-    texts = [bytes(row[16:].view(torch.uint8).tolist()).rstrip(b"\0").decode(errors="replace") for row in every]
+    texts = [
+        struct.pack(f"<{MESSAGE_BYTES // 8}q", *row[16:].tolist()).rstrip(b"\0").decode(errors="replace")
+        for row in every
+    ]
     return every[:, :16].tolist(), texts

@@ -1,7 +1,8 @@
 """Trajectories whose tokens are split over ranks: every rank gathers the few numbers of each token and does the same with them.
 
-All ranks then hold the same tokens in their natural order, so that p, and everything else, is the same to the bit on all of
-them, and as on one device that has the same log-probs. A rank's gradient is that of its own tokens; nothing is sent back.
+All ranks then hold the same tokens in the same order, so that p, and everything else, is the same to the bit on all of them. It is
+their natural order, and so as on one device to the bit, for contiguous pieces and for zigzag ones of equal lengths. A rank's
+gradient is that of its own tokens; nothing is sent back.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def chunk_of_token(inputs: TrajectoryInputs, tokens: int, rank: int, ranks: int,
     """(N,) int64: trajectory x chunks + chunk, by which all ranks' tokens are sorted.
 
     "contiguous": R chunks a trajectory, rank r has number r. "zigzag": 2 R, rank r has numbers r and 2 R - 1 - r, one after the
-    other, the first half of its tokens and the second.
+    other, the first half of its tokens, rounded up, and the second.
     """
     offsets = inputs.cu_seqlens.long()
     position = torch.arange(tokens, device=offsets.device)

@@ -16,7 +16,16 @@ from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.checks import check_choice, check_token_ids, checks_values
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.denominator import reduced
-from pmpo_kernels.distributed.ranks import Agreement, Ranks, agreement, all_reduce, find_ranks, fingerprint, host_group
+from pmpo_kernels.distributed.ranks import (
+    Agreement,
+    Ranks,
+    agreement,
+    all_reduce,
+    find_ranks,
+    fingerprint,
+    host_group,
+    mark,
+)
 from pmpo_kernels.distributed.sequence import gather_tokens
 from pmpo_kernels.distributed.vocabulary import Vocabulary
 from pmpo_kernels.sharing import Sharing, Split, Whole
@@ -52,6 +61,10 @@ class Shared(Sharing):
             if isinstance(x, DTensor):
                 x, of = local_part(name, x, dim)
                 mine, other = (None if g is None else dist.get_process_group_ranks(g) for g in (of, ranks.vocabulary))
+                if other is None and mine is not None and name != "logits":
+                    raise ValueError(
+                        f'{name}: expected group= or a mesh with "tp" beside a sharded DTensor, which may be FSDP\'s, got neither'
+                    )
                 if other is not None and mine != other:
                     raise ValueError(
                         f"{name}: expected to be sharded over ranks {other}, got one over {mine or 'none'}"
@@ -68,24 +81,47 @@ class Shared(Sharing):
         if self.ranks.vocabulary is not None and self.parts is None:
             self.parts = Vocabulary(self.ranks.vocabulary, self.agreed.vocabularies)
 
-    def describe(self, vocabulary: int, tokens: Tensor, inputs: TrajectoryInputs) -> None:
+    def describe(
+        self,
+        vocabulary: int,
+        tokens: Tensor,
+        inputs: TrajectoryInputs,
+        denominator: Tensor | None,
+        everywhere: tuple[object, ...],
+        of_tokens: tuple[object, ...] = (),
+    ) -> None:
         check_choice("sequence_split", self.ranks.split, Split)
-        B = inputs.cu_seqlens.numel() - 1
-        given = sum(2**i for i, name in enumerate(GIVEN) if getattr(inputs, name) is not None)
-        of_trajectories = {
-            "number of trajectories": B,
-            "vocabulary": vocabulary,
-            "sequence_split": get_args(Split).index(self.ranks.split),
-            "optional arguments": given,
-            "options": fingerprint(torch.tensor(inputs.options, dtype=torch.float64)),
-            "advantages, power or target_ess": fingerprint(inputs.advantages, inputs.power, inputs.target_ess),
+        if self.ranks.split != "contiguous" and self.ranks.sequence is None:
+            raise ValueError(
+                f'sequence_split: expected "contiguous" without a dimension "cp" of the mesh, got {self.ranks.split!r}'
+            )
+        i = inputs
+        given = tuple(name for name in GIVEN if getattr(i, name) is not None)
+        whether = {"denominator, given or not": int(denominator is not None)}
+        alike = {
+            **whether,
+            "number of trajectories": i.cu_seqlens.numel() - 1,
+            "options": mark(*i.options, *everywhere),
+            "optional arguments": mark(*given),
+            "advantages, power, target_ess or denominator": fingerprint(
+                i.advantages, i.power, i.target_ess, denominator
+            ),
         }
         self.agreed.V, self.agreed.N = vocabulary, tokens.numel()
-        self.agreed.same_trajectories = of_trajectories
+        self.agreed.same_batch = whether
+        self.agreed.same_trajectories = {
+            **alike,
+            "vocabulary": vocabulary,
+            "sequence_split": get_args(Split).index(self.ranks.split),
+        }
+        ids = tokens if tokens.is_floating_point() else tokens.long()
+        of_token = (ids, i.old_logp, i.ref_logp, i.rollout_weights, i.policy_mask)
         self.agreed.same_tokens = {
-            **{name: value for name, value in of_trajectories.items() if name != "vocabulary"},
+            **alike,
             "number of tokens": tokens.numel(),
-            "token_ids, mask, old_logp or ref_logp": fingerprint(tokens, inputs.mask, inputs.old_logp, inputs.ref_logp),
+            "mask": fingerprint(i.mask),
+            "token_ids or another tensor of the tokens": fingerprint(*of_token, mask=i.mask),
+            "gradients that are wanted, impl or dtype": mark(*of_tokens, i.impl),
         }
 
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
@@ -116,7 +152,7 @@ class Shared(Sharing):
     def smallest(self, number: int) -> int:
         if self.ranks.vocabulary is None:
             return number
-        found = torch.tensor([number])
+        found = torch.tensor([number], device="cpu")
         all_reduce(found, host_group(self.ranks.vocabulary), "the agreement on a chunk", dist.ReduceOp.MIN)
         return int(found)
 
@@ -125,6 +161,10 @@ class Shared(Sharing):
             all_reduce(gradient, self.ranks.vocabulary, "the sum of the gradient of the hidden states")
 
     def everywhere(self, finite: Tensor) -> Tensor:
-        if self.ranks.vocabulary is None:
-            return finite
-        return all_reduce(finite.int(), self.ranks.vocabulary, "the agreement on the loss", dist.ReduceOp.MIN) != 0
+        for group in (self.ranks.vocabulary, self.ranks.sequence):
+            if group is not None:
+                finite = all_reduce(finite.int(), group, "the agreement on the loss", dist.ReduceOp.MIN) != 0
+        return finite
+
+    def whole_vocabulary(self, own: int) -> int:
+        return own if self.ranks.vocabulary is None else sum(self.agreed.vocabularies)

@@ -47,16 +47,18 @@ class Vocabulary(NamedTuple):
             torch.stack(found), self.group, "the sum over the vocabulary"
         ).unbind(1)
         M = row_max.amax(0)
-        empty = (row_max == -torch.inf) & (-torch.inf < M)  # a part of nothing but -inf
+        empty = ((row_max == -torch.inf) | (row_sum == 0)) & (-torch.inf < M)  # a part of nothing but -inf
+        logp = torch.where(empty, 0, logp)
         log_share = torch.where(empty, -torch.inf, (row_max - M) / temperature + row_sum.log())
         share = log_share.exp()
         S = share.sum(0)
         log_share, share = log_share - S.log(), share / S
         H = torch.where(share > 0, share * (entropy - log_share), share.clamp(max=0)).sum(0)
-        bounds = torch.tensor(self.starts[1:], device=token_ids.device)
-        owner = torch.searchsorted(bounds, token_ids.long(), right=True)
-        unknown = (token_ids < 0) | (owner == len(self.sizes))
-        owner = torch.where(unknown, 0, owner)[None]
+        owner = torch.zeros_like(token_ids, dtype=torch.int64)
+        for start in self.starts[1:-1]:  # numbers of the host, not a tensor that would have to be sent to a GPU
+            owner += token_ids >= start
+        unknown = (token_ids < 0) | (token_ids >= self.starts[-1])
+        owner = owner[None]
         logp = (logp.gather(0, owner) + log_share.gather(0, owner))[0]
         logp = torch.where(unknown, torch.nan, logp)
         if mask is not None:
