@@ -402,9 +402,8 @@ def _output(
 def _find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[Any, int]) -> tuple[Sharing, list[Any]]:
     """Who shares a call, from its arguments, and this rank's part of `tensors`: each with its dimension of the vocabulary, along
     which a DTensor may be sharded."""
-    sharded = "logits" in tensors and hasattr(
-        tensors["logits"][0], "device_mesh"
-    )  # a weight may be FSDP's: it needs a group
+    logits, _ = tensors.get("logits", (None, 0))
+    sharded = hasattr(logits, "device_mesh")  # a weight may be FSDP's: it needs a group
     if group is None and mesh is None and not sharded:
         if sequence_split != "contiguous":
             raise ValueError(f"sequence_split: expected 'contiguous' without a mesh, got {sequence_split!r}")

@@ -126,9 +126,9 @@ class Shared(Sharing):
 
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
         if checks_values(token_ids):
-            V = self.agreed.V if self.ranks.vocabulary is None else sum(self.agreed.vocabularies)
             with agreement(self.ranks):
-                check_token_ids(token_ids, None if mask is None else mask.view(token_ids.shape), V)
+                mask = None if mask is None else mask.view(token_ids.shape)
+                check_token_ids(token_ids, mask, self.whole_vocabulary(self.agreed.V))
 
     def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
         if self.ranks.sequence is None:
