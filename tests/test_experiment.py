@@ -27,7 +27,7 @@ from methods import ABLATION, FAMILY, Method
 from policy import FILE, decode_characters, encode_characters, sample, small_policy
 from report import write_report
 from summary import summarise
-from tasks import LEVELS, Problem, draw_problem, draw_problems, noisy_solution, reward, solution
+from tasks import LEVELS, SIDES, Problem, draw_problem, draw_problems, noisy_solution, reward, solution
 from train import backward, eager_loss, roll_out, train
 
 from pmpo_kernels import LossConfig
@@ -35,7 +35,16 @@ from pmpo_kernels.schedules import apmpo_clip, apmpo_power
 
 RUN = Path(__file__).parent.parent / "examples" / "experiment" / "run_all.py"
 TINY = Settings(
-    method="pmpo", seed=0, staleness=2, steps=2, prompts=2, copies=4, evaluate_every=2, held_out=8, compare_every=2
+    method="pmpo",
+    seed=0,
+    staleness=2,
+    learning_rate=1e-4,
+    steps=2,
+    prompts=2,
+    copies=4,
+    evaluate_every=2,
+    evaluation_problems=8,
+    compare_every=2,
 )
 
 
@@ -77,18 +86,24 @@ def test_reward_by_hand(text: str, ended: bool, want: float) -> None:
     assert reward(Problem(8, (7, -9)), text, ended) == want
 
 
-def test_train_and_held_out_do_not_overlap() -> None:
-    sides = [{p.expression for p in draw_problems("key", 2000, held_out=side)} for side in (False, True)]
+def test_sides_do_not_overlap() -> None:
+    sides = [{p.expression for p in draw_problems("key", 2000, side=side)} for side in SIDES]
     assert not sides[0] & sides[1]
+    assert not sides[0] & sides[2]
+    assert not sides[1] & sides[2]
     drawn = draw_problems("key", 2000)
     assert {p.level for p in drawn} == set(LEVELS)
     assert all(0 <= total <= 99 for p in drawn for total in p.totals)
     assert drawn == draw_problems("key", 2000) != draw_problems("other", 2000)
     rng = random.Random(0)
-    share = sum(Problem(rng.randint(1, 9), tuple(rng.choices(range(1, 10), k=4))).held_out for _ in range(4000)) / 4000
-    assert abs(share - 0.2) < 4 * (0.2 * 0.8 / 4000) ** 0.5
-    with pytest.raises(ValueError, match=r"level: expected one of .*, got 99"):
-        draw_problem(rng, 99, held_out=False)
+    problems = [Problem(rng.randint(1, 9), tuple(rng.choices(range(1, 10), k=4))) for _ in range(4000)]
+    for side, share in zip(SIDES, (0.6, 0.2, 0.2), strict=True):
+        found = sum(p.side == side for p in problems) / 4000
+        assert abs(found - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+    with pytest.raises(ValueError, match=r"level: expected 1 to .*, got 99"):
+        draw_problem(rng, 99, "train")
+    with pytest.raises(ValueError, match=r"side: expected one of .*, got 'test'"):
+        draw_problem(rng, 2, "test")  # type: ignore[arg-type]
 
 
 def test_noise_is_some_forgotten_carries() -> None:
@@ -172,6 +187,7 @@ def test_arguments_of_a_step() -> None:
         ({"steps": 3}, "steps: expected a multiple of the staleness, which is 2, got 3"),
         ({"evaluate_every": 1}, "evaluate_every: expected a multiple"),
         ({"compare_every": 1}, "compare_every: expected a multiple"),
+        ({"evaluate_on": "train"}, "evaluate_on: expected one of ['validation', 'held out'], got 'train'"),
         ({"copies": 1}, "copies: expected an int >= 2"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number > 0"),
         ({"model": "large"}, "model: expected small or smollm2"),
@@ -214,14 +230,14 @@ def write_logs(folder: Path) -> None:
     for method, gain in (("grpo", 0.1), ("pmpo", 0.2), ("pmpo:clip_low=0.2", -0.25)):
         for staleness in (1, 2):
             for seed in (0, 1):
-                s = Settings(method=method, seed=seed, staleness=staleness, steps=4, evaluate_every=2, compare_every=2)
+                s = replace(TINY, method=method, seed=seed, staleness=staleness, steps=4)
                 rows = [{"kind": "evaluation", "step": 0, "accuracy": 0.4, "greedy": 0.4, "levels": {}}]
                 for step in range(1, 5):
                     numbers = {"gradient_norm": float(step), "clip_fraction": 0.02, "entropy": 0.5}
                     some = None if step == 1 else [0.0, 0.25, 0.5, 0.75, 1.0]
                     rows.append({"kind": "step", "step": step, "power": some, "ess": some, **numbers})
                 rows.append({"kind": "time", "step": 4, "seconds_ours": 0.1, "seconds_eager": 0.2})
-                final = 0.4 + gain + 0.02 * seed
+                final = 0.4 + gain + 0.02 * seed * (1 + (method == "pmpo"))
                 rows.append({"kind": "evaluation", "step": 4, "accuracy": final, "greedy": final, "levels": {}})
                 lines = [{"kind": "settings", **s.__dict__}, *rows, {"kind": "end", "seconds": 1.0}]
                 path_of(folder, s).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -237,13 +253,33 @@ def test_report(tmp_path: Path) -> None:
     assert [s.method for s in groups[1]] == ["grpo", "pmpo", "pmpo:clip_low=0.2"]
     _, pmpo, narrow = groups[2]
     assert (pmpo.runs, pmpo.collapsed, narrow.collapsed) == (2, 0, 2)
-    assert (pmpo.accuracy, pmpo.standard_error, pmpo.worst) == pytest.approx((0.61, 0.01, 0.6))
+    assert (pmpo.accuracy, pmpo.standard_error, pmpo.worst) == pytest.approx((0.62, 0.02, 0.6))
+    assert pmpo.difference == pytest.approx((0.11, 0.01))
+    assert groups[2][0].difference is None
     assert (pmpo.gradient_median, pmpo.gradient_max, pmpo.power) == (2.5, 4, (0.25, 0.5, 0.75))
     text = (tmp_path / "results.md").read_text()
-    assert "| pmpo | 2 | 61.0 ± 1.0 | 60.0 | 61.0 | 0 | 2.50 | 4.0 | 0.500 | 2.00 | 0.50 (0.25 to 0.75)" in text
+    assert "| method | runs | rate | accuracy | worst seed | minus grpo | greedy |" in text
+    row = "| pmpo | 2 | 0.0001 | 62.0 ± 2.0 | 60.0 | +11.0 ± 1.0 | 62.0 | 0 | 2.50 | 4.0 | 0.500 | 2.00 | 0.50 (0.25 to 0.75)"
+    assert row in text
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["staleness"]["2"][1]["accuracy"] == pytest.approx(0.62)
+    assert content["commit"]
     for name in ("accuracy.png", "runs.png", "power.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert means([{"x": 1}, {"x": None}, {"x": 2}, {"x": 4}], lambda row: row["x"], 2).tolist() == [1, 3]
+
+
+def test_report_of_learning_rates(tmp_path: Path) -> None:
+    """Each rate on its own, no differences, one picture; elsewhere if that is wanted."""
+    write_logs(tmp_path)
+    for path in list((tmp_path / "runs").iterdir()):
+        log = path.read_text().replace('"learning_rate": 0.0001', '"learning_rate": 0.0002')
+        path.with_name("twice-" + path.name).write_text(log)
+    write_report(tmp_path, Console(file=StringIO()), tmp_path / "report")
+    (*_, group) = summarise([read_log(path) for path in (tmp_path / "runs").iterdir()]).values()
+    assert [(s.method, s.learning_rate) for s in group[:3]] == [("grpo", 1e-4), ("grpo", 2e-4), ("pmpo", 1e-4)]
+    assert all(s.difference is None for s in group)
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["rates.png", "results.json", "results.md"]
 
 
 def test_the_whole_as_a_command(tmp_path: Path) -> None:
@@ -251,7 +287,7 @@ def test_the_whole_as_a_command(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path), "--smoke", "--pretrain-steps", "2"]
     done = subprocess.run([sys.executable, RUN, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    log, weights = tmp_path / "runs" / "pmpo-stale1-seed0.jsonl", tmp_path / FILE
+    log, weights = tmp_path / "runs" / "pmpo-rate0.0001-stale1-seed0.jsonl", tmp_path / FILE
     before = [path.stat().st_mtime_ns for path in (log, weights)]
     (tmp_path / "results.md").unlink()
     app = typer.Typer()
@@ -260,7 +296,7 @@ def test_the_whole_as_a_command(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert [path.stat().st_mtime_ns for path in (log, weights)] == before
     assert (tmp_path / "results.md").exists()
-    for wrong in (["--method", "ppo"], ["--model", "large"], ["--ablation", "--method", "grpo"], ["--loss", "fast"]):
+    for wrong in (["--method", "ppo"], ["--model", "large"], ["--kind", "all"], ["--loss", "fast"]):
         assert CliRunner().invoke(app, [*options, *wrong]).exit_code == 2
     other = CliRunner().invoke(app, [*options, "--copies", "8"])
     assert isinstance(other.exception, ValueError)

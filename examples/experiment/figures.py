@@ -22,7 +22,7 @@ COLOURS = dict(
 SPARE = plt.get_cmap("tab20").colors
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 PANELS: tuple[tuple[str, str], ...] = (
-    ("accuracy", "held-out accuracy, %"),
+    ("accuracy", "accuracy, %"),
     ("clip_fraction", "clipped tokens, %"),
     ("gradient_norm", "gradient norm"),
     ("entropy", "entropy"),
@@ -55,11 +55,48 @@ def draw_summary(groups: dict[int, list[Summary]], start: float, path: Path) -> 
                 )
             axis.set_yticks(range(len(group)), [s.method for s in reversed(group)])
             axis.set_ylim(-0.6, len(group) - 0.4)
-            axis.set_xlabel("held-out accuracy after training, %")
+            axis.set_xlabel("accuracy after training, %")
             axis.set_title(steps_of(staleness))
             axis.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def draw_rates(groups: dict[int, list[Summary]], path: Path) -> bool:
+    """Final accuracy over the learning rate; False where each method has one rate only."""
+    if all(len({s.method for s in group}) == len(group) for group in groups.values()):
+        return False
+    colour = colours(sorted({s.method for group in groups.values() for s in group}, key=order))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(groups), figsize=(7 * len(groups), 4.6), squeeze=False, layout="constrained")
+        for axis, (staleness, group) in zip(axes[0], groups.items(), strict=True):
+            for method in dict.fromkeys(s.method for s in group):
+                mine = [s for s in group if s.method == method]
+                wide = {"lw": 2.8, "zorder": 5} if method == "pmpo" else {"lw": 1.5}
+                rates = [s.learning_rate for s in mine]
+                axis.plot(
+                    rates, [100 * s.accuracy for s in mine], color=colour[method], marker="o", label=method, **wide
+                )
+                for s in mine:
+                    axis.scatter(
+                        [s.learning_rate] * s.runs,
+                        [100 * x for x in s.final],
+                        color=colour[method],
+                        s=12,
+                        alpha=0.5,
+                        lw=0,
+                    )
+            axis.set_xscale("log", base=2)
+            ticks = sorted({s.learning_rate for s in group})
+            axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+            axis.set_xlabel("learning rate")
+            axis.set_ylabel("accuracy after training, %")
+            axis.set_title(steps_of(staleness))
+            axis.grid(alpha=0.3)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+    return True
 
 
 def draw_runs(logs: list[Log], path: Path) -> None:

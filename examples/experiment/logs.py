@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from methods import Method
 from policy import ModelName
+from tasks import SIDES, Side
 
 LossName = Literal["logits", "linear", "eager"]
 LOSSES = ("logits", "linear", "eager")
@@ -29,7 +30,8 @@ class Settings:
         prompts, copies: of an optimizer step: problems, and answers to each.
         loss: "logits" for `pmpo_loss`, "linear" for `linear_pmpo_loss`, "eager" for the same loss in plain PyTorch.
         evaluate_every: optimizer steps between two evaluations, a multiple of the staleness.
-        held_out: problems of an evaluation.
+        evaluate_on: "held out", or "validation" where something is to be chosen by it.
+        evaluation_problems: so many.
         compare_every: optimizer steps between two timings of the step with our loss and with the eager one, a multiple of the
             staleness; 0: none.
 
@@ -40,22 +42,23 @@ class Settings:
     method: str
     seed: int
     staleness: int
+    learning_rate: float
     model: ModelName = "small"
-    steps: int = 256
+    steps: int = 160
     prompts: int = 8
     copies: int = 16
-    learning_rate: float = 3e-4
     gradient_clip: float = 1.0
     loss: LossName = "logits"
-    evaluate_every: int = 64
-    held_out: int = 480
-    compare_every: int = 64
+    evaluate_every: int = 32
+    evaluate_on: Side = "held out"
+    evaluation_problems: int = 480
+    compare_every: int = 32
     device: str = "cpu"
     bfloat16: bool = False
 
     def __post_init__(self) -> None:
         Method(self.method)
-        for name in ("staleness", "steps", "prompts", "evaluate_every", "held_out"):
+        for name in ("staleness", "steps", "prompts", "evaluate_every", "evaluation_problems"):
             _expect(name, getattr(self, name) >= 1, "an int >= 1", getattr(self, name))
         _expect("seed", self.seed >= 0, "an int >= 0", self.seed)
         _expect("copies", self.copies >= 2, "an int >= 2, an answer is compared with the others", self.copies)
@@ -63,6 +66,7 @@ class Settings:
         _expect("learning_rate", self.learning_rate > 0, "a number > 0", self.learning_rate)
         _expect("gradient_clip", self.gradient_clip > 0, "a number > 0", self.gradient_clip)
         _expect("model", self.model in ("small", "smollm2"), "small or smollm2", self.model)
+        _expect("evaluate_on", self.evaluate_on in SIDES[1:], f"one of {list(SIDES[1:])}", self.evaluate_on)
         _expect("loss", self.loss in LOSSES, f"one of {list(LOSSES)}", self.loss)
         for name in ("steps", "evaluate_every", "compare_every"):
             ok = getattr(self, name) % self.staleness == 0
@@ -71,7 +75,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the run; of its file."""
-        return f"{Method(self.method).file_stem}-stale{self.staleness}-seed{self.seed}"
+        return f"{Method(self.method).file_stem}-rate{self.learning_rate:g}-stale{self.staleness}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ PRESETS = {
     "pmpo": LossConfig.pmpo,
 }
 FAMILY = tuple(PRESETS)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+"""Learning rates that are tried for each method on the small model, by validation problems."""
+LEARNING_RATES = dict.fromkeys(PRESETS, 1e-4)
+"""What came out best; docs/experiment.md has the figures."""
 ABLATION = (
     "pmpo",
     "pmpo:full_clip_fraction=0.05",
@@ -31,6 +35,7 @@ ABLATION = (
     "pmpo:ess_rule=absolute,ess_floor=0.5",
     "pmpo:ess_rule=absolute,ess_floor=0.9",
     "pmpo:clip_low=0.2,clip_high=0.2",
+    "pmpo:clip_low=0.2,clip_high=0.4",
     "gmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:power_min=1",  # p = 1 at PMPO's clip: what the adaptation itself does
 )

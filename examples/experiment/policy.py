@@ -163,7 +163,7 @@ def pretrain(path: Path, steps: int, advance: Callable[[float], None], *, batch:
         optimizer, lambda i: min(1, i / 20) * (0.01 + math.cos(math.pi / 2 * i / steps))
     )
     for _ in range(steps):
-        problems = [draw_problem(rng, rng.choice(LEVELS), held_out=False) for _ in range(batch)]
+        problems = [draw_problem(rng, rng.choice(LEVELS), "train") for _ in range(batch)]
         prompt, _ = encode_characters(problems)
         texts = [noisy_solution(p, rng) + "\n" for p in problems]
         longest = max(map(len, texts))

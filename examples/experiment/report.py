@@ -5,35 +5,48 @@ python examples/experiment/report.py out/experiment
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from figures import draw_power, draw_runs, draw_summary
-from logs import Log, read_log
+from figures import draw_power, draw_rates, draw_runs, draw_summary, steps_of
+from logs import Log, Settings, read_log
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from summary import NOTES, Summary, summarise
+from summary import NOTES, Summary, baseline, summarise
+
+from pmpo_kernels.benchmarking.machine import provenance
 
 HEADER = (
-    "method", "runs", "accuracy", "worst seed", "greedy", "collapsed", "gradient norm", "largest", "entropy",
+    "method", "runs", "rate", "accuracy", "worst seed", "minus {}", "greedy", "collapsed", "gradient norm", "largest", "entropy",
     "clipped %", "p", "ESS/n", "step s, ours", "eager",
 )  # fmt: skip
-
-
-BRIEF = (0, 2, 3, 5, 6, 7, 8, 9)
+BRIEF = (0, 2, 3, 4, 5, 7, 8, 9, 11)
 """Columns on the terminal; all are in results.md."""
+
+
+def header(group: list[Summary]) -> list[str]:
+    """Of the table of these."""
+    return [text.format(baseline([s.method for s in group]) or "-") for text in HEADER]
 
 
 def cells(s: Summary) -> tuple[str, ...]:
     """A row of the table."""
-    error = "" if s.standard_error is None else f" ± {100 * s.standard_error:.1f}"
     return (
-        s.method, str(s.runs), f"{100 * s.accuracy:.1f}{error}", f"{100 * s.worst:.1f}", f"{100 * s.greedy:.1f}",
+        s.method, str(s.runs), f"{s.learning_rate:g}", points(s.accuracy, s.standard_error), f"{100 * s.worst:.1f}",
+        "-" if s.difference is None else points(*s.difference, sign="+"), f"{100 * s.greedy:.1f}",
         str(s.collapsed), f"{s.gradient_median:.2f}", f"{s.gradient_max:.1f}", f"{s.entropy:.3f}",
         f"{100 * s.clip_fraction:.2f}", quantiles(s.power), quantiles(s.ess), seconds(s.seconds_ours), seconds(s.seconds_eager),
     )  # fmt: skip
+
+
+def points(value: float, error: float | None, sign: str = "") -> str:
+    """Per cent, with the standard error."""
+    return f"{100 * value:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def quantiles(values: tuple[float, float, float] | None) -> str:
@@ -54,42 +67,63 @@ def read_logs(folder: Path) -> list[Log]:
     logs = [read_log(path) for path in sorted((folder / "runs").glob("*.jsonl"))]
     if not logs:
         raise ValueError(f"folder: expected finished runs in {folder / 'runs'}, got none")
-    kinds = {(log.settings.model, log.settings.steps) for log in logs}
+    kinds = {(log.settings.model, log.settings.steps, log.settings.evaluate_on) for log in logs}
     if len(kinds) > 1:
-        raise ValueError(f"folder: expected runs of one model and length, got {sorted(kinds)}")
+        raise ValueError(f"folder: expected runs of one model, length and kind of problems, got {sorted(kinds)}")
     return logs
 
 
-def write_report(folder: Path, console: Console) -> None:
-    """results.md, accuracy.png, runs.png and, where p was adapted, power.png."""
-    logs = read_logs(folder)
-    s, start = logs[0].settings, logs[0].evaluations[0]["accuracy"]
-    about = (
-        f"Model {s.model}, {s.steps} optimizer steps of {s.prompts} problems x {s.copies} answers, learning rate "
-        f"{s.learning_rate:g}, {s.held_out} held-out problems; before training {100 * start:.1f} % are solved."
-    )
-    parts = [f"# Results\n\n{about}\n"]
+def write_report(folder: Path, console: Console, into: Path | None = None) -> None:
+    """results.md, results.json and pictures, into the same folder or another."""
+    logs, into = read_logs(folder), into or folder
+    start = logs[0].evaluations[0]["accuracy"]
+    parts = [f"# Results\n\n{about(logs[0].settings, start)}\n"]
     groups = summarise(logs)
-    for staleness, summaries in groups.items():
-        title = f"{staleness} optimizer step{'s' * (staleness > 1)} a batch of rollouts"
-        rows = [cells(x) for x in summaries]
-        table = Table(*(HEADER[i] for i in BRIEF), title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for staleness, group in groups.items():
+        rows = [cells(x) for x in group]
+        table = Table(*(header(group)[i] for i in BRIEF), title=steps_of(staleness), box=SIMPLE_HEAD, pad_edge=False)
         for row in rows:
             table.add_row(*(row[i] for i in BRIEF))
         console.print(table)
-        lines = [HEADER, ("---",) * len(HEADER), *rows]
-        parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
-    parts.append(NOTES)
-    (folder / "results.md").write_text("\n".join(parts))
-    draw_summary(groups, start, folder / "accuracy.png")
-    draw_runs(logs, folder / "runs.png")
-    draw_power(logs, folder / "power.png")
-    console.print(f"Written: {folder / 'results.md'} and pictures beside it", soft_wrap=True)
+        parts.append(f"## {steps_of(staleness)}\n\n{markdown([header(group), *rows])}\n")
+    into.mkdir(parents=True, exist_ok=True)
+    (into / "results.md").write_text("\n".join([*parts, NOTES]))
+    content = {
+        **provenance(),
+        "settings": asdict(logs[0].settings),
+        "accuracy_before": start,
+        "hours": sum(log.end["seconds"] for log in logs) / 3600,
+        "staleness": {staleness: [asdict(s) for s in group] for staleness, group in groups.items()},
+    }
+    (into / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    if draw_rates(groups, into / "rates.png"):
+        written = ["rates.png"]
+    else:
+        draw_summary(groups, start, into / "accuracy.png")
+        draw_runs(logs, into / "runs.png")
+        written = ["accuracy.png", "runs.png", *["power.png"] * draw_power(logs, into / "power.png")]
+    console.print(f"{into}: results.md, results.json, {', '.join(written)}", soft_wrap=True)
 
 
-def main(folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="--out of run_all.py.")]) -> None:
+def about(s: Settings, start: float) -> str:
+    """What was run, in words."""
+    return (
+        f"Model {s.model}, {s.steps} optimizer steps of {s.prompts} problems x {s.copies} answers; evaluated on "
+        f"{s.evaluation_problems} {s.evaluate_on} problems, of which {100 * start:.1f} % are solved before training."
+    )
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first row its header."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="--out of run_all.py.")],
+    into: Annotated[Path | None, typer.Option(file_okay=False, help="Where it is written; the same folder.")] = None,
+) -> None:
     """The report of the runs that are finished."""
-    write_report(folder, Console())
+    write_report(folder, Console(), into)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,71 @@
 """Every run of the experiment, over a pool of processes; what is there already is not run again. Then the report.
 
 python examples/experiment/run_all.py --out out/experiment                                            # 80 runs on a CPU
-python examples/experiment/run_all.py --out out/ablation --method pmpo --method pmpo:full_clip_fraction=0.2
+python examples/experiment/run_all.py --out out/tune --kind tune                                      # learning rates
+python examples/experiment/run_all.py --out out/ablation --kind ablation                              # PMPO's rule
 python examples/experiment/run_all.py --out out/experiment-smollm2 --model smollm2 --device cuda      # on a GPU
 """
 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from logs import Settings, finished
-from methods import ABLATION, FAMILY
+from methods import ABLATION, FAMILY, LEARNING_RATES, RATES, Method
 from policy import FILE, pretrain
 from report import write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tasks import Side
 from train import train
 
 USUAL = {
     "small": {"loss": "logits"},
-    "smollm2": {"loss": "linear", "learning_rate": 1e-5},
+    "smollm2": {"loss": "linear"},
 }
 """What each model has instead of the defaults of `Settings`."""
-SMOKE = {"steps": 1, "evaluate_every": 1, "compare_every": 1, "held_out": 3, "prompts": 2, "copies": 4}
+SMOLLM2_RATE = 1e-5
+SMOKE = {"steps": 1, "evaluate_every": 1, "compare_every": 1, "evaluation_problems": 3, "prompts": 2, "copies": 4}
 
 
-def plan(methods: list[str], seeds: int, staleness: list[int], options: dict) -> list[Settings]:
-    """All runs, seed by seed, so that an interrupted experiment has every method."""
+@dataclass(frozen=True)
+class Kind:
+    """An experiment: what it compares, on which problems, with which seeds; what chooses has none in common with the result."""
+
+    methods: tuple[str, ...]
+    first_seed: int
+    seeds: int
+    staleness: tuple[int, ...]
+    evaluate_on: Side
+
+
+KINDS = {
+    "compare": Kind(FAMILY, 0, 5, (4, 16), "held out"),
+    "tune": Kind(FAMILY, 1000, 2, (16,), "validation"),
+    "ablation": Kind(ABLATION, 2000, 5, (16,), "validation"),
+}
+
+
+def plan(
+    methods: list[str],
+    seeds: Iterable[int],
+    staleness: list[int],
+    rates: Callable[[str], Sequence[float]],
+    options: dict,
+) -> list[Settings]:
+    """All runs, seed by seed, so that an interrupted experiment has every method. `rates`: of a method."""
     return [
-        Settings(method=m, seed=seed, staleness=k, **options)
-        for seed in range(seeds)
+        Settings(method=m, seed=seed, staleness=k, learning_rate=rate, **options)
+        for seed in seeds
         for k in staleness
         for m in methods
+        for rate in rates(m)
     ]
 
 
@@ -64,41 +94,52 @@ def main(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for weights, logs, tables, pictures.")] = Path(
         "out/experiment"
     ),
+    kind: Annotated[
+        str, typer.Option(help="compare: the methods; tune: their learning rates; ablation: PMPO's rule.")
+    ] = "compare",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A preset, perhaps with options: pmpo:clip_low=0.2,clip_high=0.2. Repeatable."),
+        typer.Option(help="Instead of the kind's: a preset, perhaps with options: pmpo:clip_low=0.2. Repeatable."),
     ] = None,
-    ablation: Annotated[bool, typer.Option("--ablation", help="The methods of the ablation of PMPO's rule.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method and staleness.")] = 5,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each method, learning rate and staleness.")] = None,
     staleness: Annotated[list[int] | None, typer.Option(min=1, help="Optimizer steps a rollout. Repeatable.")] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(min=0, help="Instead of each method's own. Repeatable.")
+    ] = None,
     model: Annotated[str, typer.Option(help="small or smollm2.")] = "small",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Of the forward pass.")] = False,
     loss: Annotated[str | None, typer.Option(help="logits, linear or eager.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
     evaluate_every: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    held_out: Annotated[int | None, typer.Option(min=1, help="Problems of an evaluation.")] = None,
+    evaluation_problems: Annotated[int | None, typer.Option(min=1, help="Problems of an evaluation.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Problems of an optimizer step.")] = None,
     copies: Annotated[int | None, typer.Option(min=2, help="Answers to each.")] = None,
-    pretrain_steps: Annotated[int, typer.Option(min=1, help="Of the small model.")] = 1200,
+    pretrain_steps: Annotated[int, typer.Option(min=1, help="Of the small model.")] = 1000,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
     smoke: Annotated[bool, typer.Option("--smoke", help="One short run of one step.")] = False,
 ) -> None:
     """Run what is missing, then write the report."""
-    if model not in USUAL:
-        raise typer.BadParameter(f"--model: expected one of {list(USUAL)}, got {model!r}")
-    if ablation and method:
-        raise typer.BadParameter("--ablation: expected no --method beside it, which it chooses")
-    options = {"model": model, "device": device, "bfloat16": bfloat16, **USUAL[model]}
-    given = {"steps": steps, "learning_rate": learning_rate, "evaluate_every": evaluate_every}
-    given |= {"held_out": held_out, "prompts": prompts, "copies": copies, "loss": loss}
+    for name, value, known in (("model", model, USUAL), ("kind", kind, KINDS)):
+        if value not in known:
+            raise typer.BadParameter(f"--{name}: expected one of {list(known)}, got {value!r}")
+    usual = KINDS[kind]
+    options = {"model": model, "device": device, "bfloat16": bfloat16, "evaluate_on": usual.evaluate_on, **USUAL[model]}
+    given = {"steps": steps, "evaluate_every": evaluate_every, "evaluation_problems": evaluation_problems}
+    given |= {"prompts": prompts, "copies": copies, "loss": loss}
     options |= (SMOKE if smoke else {}) | {name: value for name, value in given.items() if value is not None}
-    methods = method or list(ABLATION if ablation else FAMILY)
+    methods = method or list(usual.methods)
     if smoke:
         methods, seeds, staleness = methods[-1:], 1, [1]
+
+    def rates(m: str) -> Sequence[float]:
+        if learning_rate or model == "smollm2":
+            return learning_rate or [SMOLLM2_RATE]
+        return RATES if kind == "tune" else [LEARNING_RATES[Method(m).preset]]
+
+    numbers = range(usual.first_seed, usual.first_seed + (seeds or usual.seeds))
     try:
-        runs = plan(methods, seeds, staleness or [4, 16], options)
+        runs = plan(methods, numbers, staleness or list(usual.staleness), rates, options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Arithmetic problems with checkable answers: sums and differences of one-digit numbers, one running total after another.
 
-`8+7-9=` is level 2, its solution `15 06`. The level is the number of operations; every total is between 0 and 99.
+`8+7-9=` is level 2, its solution `15 06`. The level is the number of operations; every total is between 0 and 99. Each problem is
+for training, for validation (what is chosen, is chosen on these: learning rates, defaults) or held out (reported, nothing more).
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-LEVELS = (2, 3, 4, 5)
-HELD_OUT_SHARE = 5  # one problem in so many
-FORGOTTEN, SLIP = 0.6, 0.05  # of the noisy solutions' carries; of their steps
+Side = Literal["train", "validation", "held out"]
+SIDES: tuple[Side, ...] = get_args(Side)
+LEVELS = (2, 4, 6, 8)
+FORGOTTEN, SLIP = 0.6, 0.03  # of the noisy solutions' carries; of their steps
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,22 @@ class Problem:
         return tuple(self.start + sum(self.terms[: i + 1]) for i in range(self.level))
 
     @property
-    def held_out(self) -> bool:
-        """Whether the problem is for evaluation: a property of its text, so that no problem can be on both sides."""
-        return hashlib.sha256(self.expression.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    def side(self) -> Side:
+        """A property of the text, so that no problem can be on two sides: three fifths, one, one."""
+        fifth = hashlib.sha256(self.expression.encode()).digest()[0] % 5
+        return SIDES[max(0, fifth - 2)]
 
 
-def draw_problem(rng: random.Random, level: int, *, held_out: bool) -> Problem:
+def draw_problem(rng: random.Random, level: int, side: Side) -> Problem:
     """A problem of one side of the split; totals stay at or above 0.
 
     Raises:
-        ValueError: a level that is not one of `LEVELS`, or 1.
+        ValueError: a level that is not between 1 and the largest of `LEVELS`, or no such side.
     """
-    if level not in (1, *LEVELS):
-        raise ValueError(f"level: expected one of {[1, *LEVELS]}, got {level!r}")
+    if not 1 <= level <= max(LEVELS):
+        raise ValueError(f"level: expected 1 to {max(LEVELS)}, got {level!r}")
+    if side not in SIDES:
+        raise ValueError(f"side: expected one of {list(SIDES)}, got {side!r}")
     while True:
         start, terms = rng.randint(1, 9), []
         for _ in range(level):
@@ -58,14 +64,14 @@ def draw_problem(rng: random.Random, level: int, *, held_out: bool) -> Problem:
             minus = rng.random() < 0.4 and start + sum(terms) >= size
             terms.append(-size if minus else size)
         problem = Problem(start, tuple(terms))
-        if problem.held_out == held_out:
+        if problem.side == side:
             return problem
 
 
-def draw_problems(key: str, count: int, levels: tuple[int, ...] = LEVELS, *, held_out: bool = False) -> list[Problem]:
+def draw_problems(key: str, count: int, levels: tuple[int, ...] = LEVELS, side: Side = "train") -> list[Problem]:
     """`count` problems, levels in turn; the same ones for the same key, everywhere."""
     rng = random.Random(key)
-    return [draw_problem(rng, levels[i % len(levels)], held_out=held_out) for i in range(count)]
+    return [draw_problem(rng, levels[i % len(levels)], side) for i in range(count)]
 
 
 def solution(problem: Problem) -> str:

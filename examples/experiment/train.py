@@ -91,8 +91,8 @@ def grade(policy: Policy, problems: list[Problem], token_ids: Tensor, mask: Tens
 
 
 def evaluate(policy: Policy, settings: Settings) -> Row:
-    """Part of the held-out problems that are solved: by samples at temperature 1, by the likeliest tokens, and by level."""
-    problems = draw_problems("held out", settings.held_out, policy.levels, held_out=True)
+    """Part of the problems for it that are solved: by samples at temperature 1, by the likeliest tokens, and by level."""
+    problems = draw_problems("evaluation", settings.evaluation_problems, policy.levels, settings.evaluate_on)
     generator = torch.Generator(policy.device).manual_seed(0)
     solved = []
     for source in (generator, None):
