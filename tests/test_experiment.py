@@ -26,7 +26,7 @@ from logs import Settings, finished, path_of, read_log
 from methods import ABLATION, FAMILY, Method
 from policy import FILE, decode_characters, encode_characters, sample, small_policy
 from report import write_report
-from summary import summarise
+from summary import panels
 from tasks import LEVELS, SIDES, Problem, draw_problem, draw_problems, noisy_solution, reward, solution
 from train import backward, eager_loss, roll_out, train
 
@@ -248,21 +248,21 @@ def test_report(tmp_path: Path) -> None:
         write_report(tmp_path, Console(file=StringIO()))
     write_logs(tmp_path)
     write_report(tmp_path, Console(file=StringIO()))
-    groups = summarise([read_log(path) for path in (tmp_path / "runs").iterdir()])
-    assert list(groups) == [1, 2]
-    assert [s.method for s in groups[1]] == ["grpo", "pmpo", "pmpo:clip_low=0.2"]
-    _, pmpo, narrow = groups[2]
+    one, two = panels([read_log(path) for path in (tmp_path / "runs").iterdir()])
+    assert (one.staleness, two.staleness, one.learning_rate) == (1, 2, None)
+    assert one.methods == ["grpo", "pmpo", "pmpo:clip_low=0.2"]
+    grpo, pmpo, narrow = two.summaries()
     assert (pmpo.runs, pmpo.collapsed, narrow.collapsed) == (2, 0, 2)
     assert (pmpo.accuracy, pmpo.standard_error, pmpo.worst) == pytest.approx((0.62, 0.02, 0.6))
     assert pmpo.difference == pytest.approx((0.11, 0.01))
-    assert groups[2][0].difference is None
+    assert grpo.difference is None
     assert (pmpo.gradient_median, pmpo.gradient_max, pmpo.power) == (2.5, 4, (0.25, 0.5, 0.75))
     text = (tmp_path / "results.md").read_text()
-    assert "| method | runs | rate | accuracy | worst seed | minus grpo | greedy |" in text
+    assert "| method | runs | rate | accuracy | worst | minus grpo | greedy |" in text
     row = "| pmpo | 2 | 0.0001 | 62.0 ± 2.0 | 60.0 | +11.0 ± 1.0 | 62.0 | 0 | 2.50 | 4.0 | 0.500 | 2.00 | 0.50 (0.25 to 0.75)"
     assert row in text
     content = json.loads((tmp_path / "results.json").read_text())
-    assert content["staleness"]["2"][1]["accuracy"] == pytest.approx(0.62)
+    assert content["panels"][1]["methods"][1]["accuracy"] == pytest.approx(0.62)
     assert content["commit"]
     for name in ("accuracy.png", "runs.png", "power.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -270,16 +270,18 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_report_of_learning_rates(tmp_path: Path) -> None:
-    """Each rate on its own, no differences, one picture; elsewhere if that is wanted."""
+    """Each rate is a panel, with differences of its own; three of them are a picture more; written elsewhere if wanted."""
     write_logs(tmp_path)
     for path in list((tmp_path / "runs").iterdir()):
-        log = path.read_text().replace('"learning_rate": 0.0001', '"learning_rate": 0.0002')
-        path.with_name("twice-" + path.name).write_text(log)
+        for factor in (2, 4):
+            log = path.read_text().replace('"learning_rate": 0.0001', f'"learning_rate": {factor * 1e-4}')
+            path.with_name(f"{factor}-{path.name}").write_text(log)
     write_report(tmp_path, Console(file=StringIO()), tmp_path / "report")
-    (*_, group) = summarise([read_log(path) for path in (tmp_path / "runs").iterdir()]).values()
-    assert [(s.method, s.learning_rate) for s in group[:3]] == [("grpo", 1e-4), ("grpo", 2e-4), ("pmpo", 1e-4)]
-    assert all(s.difference is None for s in group)
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["rates.png", "results.json", "results.md"]
+    found = panels([read_log(path) for path in (tmp_path / "runs").iterdir()])
+    assert [(p.staleness, p.learning_rate) for p in found] == [(k, r) for k in (1, 2) for r in (1e-4, 2e-4, 4e-4)]
+    assert all(p.summaries()[1].difference == pytest.approx((0.11, 0.01)) for p in found)
+    pictures = sorted(p.name for p in (tmp_path / "report").iterdir())
+    assert pictures == ["accuracy.png", "power.png", "rates.png", "results.json", "results.md", "runs.png"]
 
 
 def test_the_whole_as_a_command(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from logs import Log, Row
 from matplotlib.axes import Axes
 from methods import FAMILY
-from summary import Summary, order
+from summary import Panel, order
 
 COLOURS = dict(
     zip(FAMILY, ("#4c72b0", "#64b5cd", "#55a868", "#8c8c8c", "#937860", "#da8bc3", "#ccb974", "#c2281e"), strict=True)
@@ -29,69 +29,64 @@ PANELS: tuple[tuple[str, str], ...] = (
 )
 
 
-def colours(methods: list[str]) -> dict[str, object]:
-    """One for each."""
+def colours(groups: list[Panel]) -> dict[str, object]:
+    """One for each method, in their order."""
+    methods = sorted({m for panel in groups for m in panel.methods}, key=order)
     others = [m for m in methods if m not in COLOURS]
-    return {**COLOURS, **{m: SPARE[i % len(SPARE)] for i, m in enumerate(others)}}
+    spare = {m: SPARE[i % len(SPARE)] for i, m in enumerate(others)}
+    return {m: COLOURS.get(m, spare.get(m)) for m in methods}
 
 
-def draw_summary(groups: dict[int, list[Summary]], start: float, path: Path) -> None:
+def draw_summary(groups: list[Panel], start: float, path: Path) -> None:
     """Final accuracy: each run a dot, each method its mean and standard error."""
-    colour = colours(sorted({s.method for group in groups.values() for s in group}, key=order))
+    colour = colours(groups)
     with plt.rc_context(STYLE):
-        height = 1.6 + 0.42 * max(map(len, groups.values()))
+        height = 1.6 + 0.42 * max(len(panel.methods) for panel in groups)
         figure, axes = plt.subplots(
             1, len(groups), figsize=(6 * len(groups), height), squeeze=False, layout="constrained"
         )
-        for axis, (staleness, group) in zip(axes[0], groups.items(), strict=True):
+        for axis, panel in zip(axes[0], groups, strict=True):
             axis.axvline(100 * start, color="black", lw=1, ls=":")
             axis.annotate(" before", (100 * start, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
-            for y, s in enumerate(reversed(group)):
+            for y, s in enumerate(reversed(panel.summaries())):
                 runs = [100 * x for x in s.final]
                 axis.scatter(runs, [y] * len(runs), s=28, alpha=0.45, lw=0, color=colour[s.method])
                 error = 100 * (s.standard_error or 0)
                 axis.errorbar(
                     100 * s.accuracy, y, xerr=error, fmt="D", ms=7, capsize=4, color=colour[s.method], mec="white"
                 )
-            axis.set_yticks(range(len(group)), [s.method for s in reversed(group)])
-            axis.set_ylim(-0.6, len(group) - 0.4)
+            axis.set_yticks(range(len(panel.methods)), list(reversed(panel.methods)))
+            axis.set_ylim(-0.6, len(panel.methods) - 0.4)
             axis.set_xlabel("accuracy after training, %")
-            axis.set_title(steps_of(staleness))
+            axis.set_title(wrap(panel.title))
             axis.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
 
-def draw_rates(groups: dict[int, list[Summary]], path: Path) -> bool:
-    """Final accuracy over the learning rate; False where each method has one rate only."""
-    if all(len({s.method for s in group}) == len(group) for group in groups.values()):
+def draw_rates(groups: list[Panel], path: Path) -> bool:
+    """Final accuracy over the learning rate; False where fewer than three are compared."""
+    rates = sorted({panel.learning_rate for panel in groups if panel.learning_rate is not None})
+    if len(rates) < 3:
         return False
-    colour = colours(sorted({s.method for group in groups.values() for s in group}, key=order))
+    colour, levels = colours(groups), sorted({panel.staleness for panel in groups})
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(groups), figsize=(7 * len(groups), 4.6), squeeze=False, layout="constrained")
-        for axis, (staleness, group) in zip(axes[0], groups.items(), strict=True):
-            for method in dict.fromkeys(s.method for s in group):
-                mine = [s for s in group if s.method == method]
+        figure, axes = plt.subplots(1, len(levels), figsize=(7 * len(levels), 4.6), squeeze=False, layout="constrained")
+        for axis, staleness in zip(axes[0], levels, strict=True):
+            found = [s for panel in groups if panel.staleness == staleness for s in panel.summaries()]
+            for method in dict.fromkeys(s.method for s in found):
+                mine = [s for s in found if s.method == method]
                 wide = {"lw": 2.8, "zorder": 5} if method == "pmpo" else {"lw": 1.5}
-                rates = [s.learning_rate for s in mine]
-                axis.plot(
-                    rates, [100 * s.accuracy for s in mine], color=colour[method], marker="o", label=method, **wide
-                )
+                x = [s.learning_rate for s in mine]
+                axis.plot(x, [100 * s.accuracy for s in mine], color=colour[method], marker="o", label=method, **wide)
                 for s in mine:
-                    axis.scatter(
-                        [s.learning_rate] * s.runs,
-                        [100 * x for x in s.final],
-                        color=colour[method],
-                        s=12,
-                        alpha=0.5,
-                        lw=0,
-                    )
+                    y = [100 * value for value in s.final]
+                    axis.scatter([s.learning_rate] * s.runs, y, color=colour[method], s=12, alpha=0.5, lw=0)
             axis.set_xscale("log", base=2)
-            ticks = sorted({s.learning_rate for s in group})
-            axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+            axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
             axis.set_xlabel("learning rate")
             axis.set_ylabel("accuracy after training, %")
-            axis.set_title(steps_of(staleness))
+            axis.set_title(Panel(staleness, None, []).title)
             axis.grid(alpha=0.3)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.savefig(path, dpi=130)
@@ -99,31 +94,27 @@ def draw_rates(groups: dict[int, list[Summary]], path: Path) -> bool:
     return True
 
 
-def draw_runs(logs: list[Log], path: Path) -> None:
+def draw_runs(groups: list[Panel], path: Path) -> None:
     """Along training: mean over the seeds of each method; the band is from the worst to the best seed."""
-    levels = sorted({log.settings.staleness for log in logs})
-    methods = sorted({log.settings.method for log in logs}, key=order)
-    colour = colours(methods)
+    colour = colours(groups)
     with plt.rc_context(STYLE):
-        size = (6 * len(levels), 2.6 * len(PANELS) + 0.6)
+        size = (6 * len(groups), 2.6 * len(PANELS) + 0.6)
         figure, axes = plt.subplots(
-            len(PANELS), len(levels), figsize=size, sharex=True, squeeze=False, layout="constrained"
+            len(PANELS), len(groups), figsize=size, sharex=True, squeeze=False, layout="constrained"
         )
-        for column, staleness in enumerate(levels):
+        for column, panel in enumerate(groups):
             for row, (name, label) in enumerate(PANELS):
                 axis = axes[row, column]
-                for method in methods:
-                    runs = [x for x in logs if (x.settings.method, x.settings.staleness) == (method, staleness)]
-                    if runs:
-                        curve(axis, runs, name, method, colour[method])
+                for method in panel.methods:
+                    curve(axis, panel.runs(method), name, method, colour[method])
                 axis.set_ylabel(label)
                 axis.grid(alpha=0.3)
                 if name == "gradient_norm" and any(np.nanmax(line.get_ydata()) > 0 for line in axis.get_lines()):
                     axis.set_yscale("log")
-            axes[0, column].set_title(steps_of(staleness))
+            axes[0, column].set_title(wrap(panel.title))
             axes[-1, column].set_xlabel("optimizer step")
         lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
-        shown = [m for m in methods if m in lines]
+        shown = [m for m in colour if m in lines]
         figure.legend(
             [lines[m] for m in shown], shown, loc="outside lower center", ncols=min(8, len(shown)), frameon=False
         )
@@ -152,24 +143,23 @@ def means(table: list[Row], value: Callable[[Row], float | None], width: int) ->
     return groups.mean(1).filled(np.nan)
 
 
-def draw_power(logs: list[Log], path: Path) -> bool:
+def draw_power(groups: list[Panel], path: Path) -> bool:
     """Of PMPO: how p and ESS/n are spread over the trajectories, along training; False where no run adapts p."""
-    adapted = [log for log in logs if log.settings.method.startswith("pmpo")]
-    adapted = [log for log in adapted if log.settings.method == "pmpo"] or adapted
+    adapted = [m for panel in groups for m in panel.methods if m.startswith("pmpo")]
     if not adapted:
         return False
-    method, levels = adapted[0].settings.method, sorted({log.settings.staleness for log in adapted})
+    method = min(adapted, key=order)
+    shown = [panel for panel in groups if method in panel.methods]
     names = (("power", "p"), ("ess", "ESS / n"))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(levels), figsize=(6 * len(levels), 5.6), sharex=True, squeeze=False, layout="constrained"
+            2, len(shown), figsize=(6 * len(shown), 5.6), sharex=True, squeeze=False, layout="constrained"
         )
-        for column, staleness in enumerate(levels):
-            runs = [x for x in adapted if (x.settings.method, x.settings.staleness) == (method, staleness)]
+        for column, panel in enumerate(shown):
             for axis, (name, label) in zip(axes[:, column], names, strict=True):
-                fan(axis, runs, name)
+                fan(axis, panel.runs(method), name)
                 axis.set_ylabel(label)
-            axes[0, column].set_title(steps_of(staleness))
+            axes[0, column].set_title(wrap(panel.title))
             axes[-1, column].set_xlabel("optimizer step")
         axes[0, 0].legend(frameon=True, fontsize=8, loc="lower left")
         figure.suptitle(f"{method}: p and effective sample size of the trajectories with a gradient")
@@ -192,5 +182,6 @@ def fan(axis: Axes, runs: list[Log], name: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def steps_of(staleness: int) -> str:
-    return f"{staleness} optimizer step{'s' * (staleness > 1)} a batch of rollouts"
+def wrap(title: str) -> str:
+    """On two lines where it is long."""
+    return title.replace(", ", "\n")

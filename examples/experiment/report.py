@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from figures import draw_power, draw_rates, draw_runs, draw_summary, steps_of
+from figures import draw_power, draw_rates, draw_runs, draw_summary
 from logs import Log, Settings, read_log
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from summary import NOTES, Summary, baseline, summarise
+from summary import NOTES, Summary, baseline, panels
 
 from pmpo_kernels.benchmarking.machine import provenance
 
 HEADER = (
-    "method", "runs", "rate", "accuracy", "worst seed", "minus {}", "greedy", "collapsed", "gradient norm", "largest", "entropy",
+    "method", "runs", "rate", "accuracy", "worst", "minus {}", "greedy", "collapsed", "gradient", "largest", "entropy",
     "clipped %", "p", "ESS/n", "step s, ours", "eager",
 )  # fmt: skip
-BRIEF = (0, 2, 3, 4, 5, 7, 8, 9, 11)
+BRIEF = (0, 2, 3, 4, 5, 7, 8)
 """Columns on the terminal; all are in results.md."""
 
 
@@ -78,14 +78,15 @@ def write_report(folder: Path, console: Console, into: Path | None = None) -> No
     logs, into = read_logs(folder), into or folder
     start = logs[0].evaluations[0]["accuracy"]
     parts = [f"# Results\n\n{about(logs[0].settings, start)}\n"]
-    groups = summarise(logs)
-    for staleness, group in groups.items():
+    groups = panels(logs)
+    for panel in groups:
+        group = panel.summaries()
         rows = [cells(x) for x in group]
-        table = Table(*(header(group)[i] for i in BRIEF), title=steps_of(staleness), box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(*(header(group)[i] for i in BRIEF), title=panel.title, box=SIMPLE_HEAD, pad_edge=False)
         for row in rows:
             table.add_row(*(row[i] for i in BRIEF))
         console.print(table)
-        parts.append(f"## {steps_of(staleness)}\n\n{markdown([header(group), *rows])}\n")
+        parts.append(f"## {panel.title}\n\n{markdown([header(group), *rows])}\n")
     into.mkdir(parents=True, exist_ok=True)
     (into / "results.md").write_text("\n".join([*parts, NOTES]))
     content = {
@@ -93,15 +94,17 @@ def write_report(folder: Path, console: Console, into: Path | None = None) -> No
         "settings": asdict(logs[0].settings),
         "accuracy_before": start,
         "hours": sum(log.end["seconds"] for log in logs) / 3600,
-        "staleness": {staleness: [asdict(s) for s in group] for staleness, group in groups.items()},
+        "panels": [
+            {"staleness": p.staleness, "learning_rate": p.learning_rate, "methods": [asdict(s) for s in p.summaries()]}
+            for p in groups
+        ],
     }
     (into / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    if draw_rates(groups, into / "rates.png"):
-        written = ["rates.png"]
-    else:
-        draw_summary(groups, start, into / "accuracy.png")
-        draw_runs(logs, into / "runs.png")
-        written = ["accuracy.png", "runs.png", *["power.png"] * draw_power(logs, into / "power.png")]
+    draw_summary(groups, start, into / "accuracy.png")
+    draw_runs(groups, into / "runs.png")
+    written = ["accuracy.png", "runs.png"]
+    written += ["power.png"] * draw_power(groups, into / "power.png")
+    written += ["rates.png"] * draw_rates(groups, into / "rates.png")
     console.print(f"{into}: results.md, results.json, {', '.join(written)}", soft_wrap=True)
 
 

@@ -43,12 +43,13 @@ class Kind:
     seeds: int
     staleness: tuple[int, ...]
     evaluate_on: Side
+    rates: tuple[float, ...] | None  # None: each method's own
 
 
 KINDS = {
-    "compare": Kind(FAMILY, 0, 5, (4, 16), "held out"),
-    "tune": Kind(FAMILY, 1000, 2, (16,), "validation"),
-    "ablation": Kind(ABLATION, 2000, 5, (16,), "validation"),
+    "compare": Kind(FAMILY, 0, 5, (4, 16), "held out", None),
+    "tune": Kind(FAMILY, 1000, 2, (16,), "validation", RATES),
+    "ablation": Kind(ABLATION, 2000, 5, (16,), "validation", (1e-4, 4e-4)),
 }
 
 
@@ -133,9 +134,8 @@ def main(
         methods, seeds, staleness = methods[-1:], 1, [1]
 
     def rates(m: str) -> Sequence[float]:
-        if learning_rate or model == "smollm2":
-            return learning_rate or [SMOLLM2_RATE]
-        return RATES if kind == "tune" else [LEARNING_RATES[Method(m).preset]]
+        own = SMOLLM2_RATE if model == "smollm2" else LEARNING_RATES[Method(m).preset]
+        return learning_rate or (usual.rates if model == "small" else None) or [own]
 
     numbers = range(usual.first_seed, usual.first_seed + (seeds or usual.seeds))
     try:

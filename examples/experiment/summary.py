@@ -56,18 +56,46 @@ def collapsed(log: Log) -> bool:
     return last < COLLAPSE * first or any(row["gradient_norm"] is None for row in log.rows)
 
 
-def summarise(logs: list[Log]) -> dict[int, list[Summary]]:
-    """By staleness, the methods in the order of `FAMILY`, then those with options; several learning rates of one apart."""
-    groups: dict[int, dict[tuple[str, float], list[Log]]] = defaultdict(lambda: defaultdict(list))
+@dataclass(frozen=True)
+class Panel:
+    """Runs that are compared with each other: one staleness, and one learning rate (None: each method has its own)."""
+
+    staleness: int
+    learning_rate: float | None
+    logs: list[Log]
+
+    @property
+    def title(self) -> str:
+        """Such as `16 optimizer steps a batch of rollouts, learning rate 0.0001`."""
+        text = f"{self.staleness} optimizer step{'s' * (self.staleness > 1)} a batch of rollouts"
+        return text if self.learning_rate is None else f"{text}, learning rate {self.learning_rate:g}"
+
+    @property
+    def methods(self) -> list[str]:
+        """In the order of `FAMILY`, then those with options."""
+        return sorted({log.settings.method for log in self.logs}, key=order)
+
+    def runs(self, method: str) -> list[Log]:
+        """Of one method, by seed."""
+        return sorted((x for x in self.logs if x.settings.method == method), key=lambda log: log.settings.seed)
+
+    def summaries(self) -> list[Summary]:
+        """Of each method."""
+        base = baseline(self.methods)
+        other = None if base is None else self.runs(base)
+        return [summary(self.runs(m), None if m == base else other) for m in self.methods]
+
+
+def panels(logs: list[Log]) -> list[Panel]:
+    """By staleness and, where a method has several learning rates, by these."""
+    rates: dict[tuple[int, str], set[float]] = defaultdict(set)
     for log in logs:
-        groups[log.settings.staleness][log.settings.method, log.settings.learning_rate].append(log)
-    found = {}
-    for staleness, group in sorted(groups.items()):
-        keys = sorted(group, key=lambda key: (order(key[0]), key[1]))
-        against = [key for key in keys if key[0] == baseline([m for m, _ in keys])]
-        other = group[against[0]] if len(against) == 1 else None
-        found[staleness] = [summary(group[key], None if group[key] is other else other) for key in keys]
-    return found
+        rates[log.settings.staleness, log.settings.method].add(log.settings.learning_rate)
+    apart = any(len(found) > 1 for found in rates.values())
+    groups: dict[tuple[int, float | None], list[Log]] = defaultdict(list)
+    for log in logs:
+        groups[log.settings.staleness, log.settings.learning_rate if apart else None].append(log)
+    return [Panel(*key, groups[key]) for key in sorted(groups, key=lambda key: (key[0], key[1] or 0))]
 
 
 def baseline(methods: list[str]) -> str | None:
