@@ -43,7 +43,7 @@ def draw_summary(groups: list[Panel], start: float, path: Path) -> None:
     with plt.rc_context(STYLE):
         height = 1.6 + 0.42 * max(len(panel.methods) for panel in groups)
         figure, axes = plt.subplots(
-            1, len(groups), figsize=(6 * len(groups), height), squeeze=False, layout="constrained"
+            1, len(groups), figsize=(6 * len(groups), height), sharex=True, squeeze=False, layout="constrained"
         )
         for axis, panel in zip(axes[0], groups, strict=True):
             axis.axvline(100 * start, color="black", lw=1, ls=":")

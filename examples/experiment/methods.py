@@ -23,7 +23,16 @@ PRESETS = {
 FAMILY = tuple(PRESETS)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 """Learning rates that are tried for each method on the small model, by validation problems."""
-LEARNING_RATES = dict.fromkeys(PRESETS, 1e-4)
+LEARNING_RATES = {
+    "grpo": 2e-4,
+    "dapo": 2e-4,
+    "gmpo": 1e-4,
+    "gspo": 2e-4,
+    "hmpo": 1e-4,
+    "holder": 1e-4,
+    "apmpo": 2e-4,
+    "pmpo": 1e-4,
+}
 """What came out best; docs/experiment.md has the figures."""
 ABLATION = (
     "pmpo",
@@ -36,6 +45,8 @@ ABLATION = (
     "pmpo:ess_rule=absolute,ess_floor=0.9",
     "pmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:clip_low=0.2,clip_high=0.4",
+    "pmpo:clip_low=0.2,clip_high=0.2,full_clip_fraction=0.3",
+    "gmpo",
     "gmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:power_min=1",  # p = 1 at PMPO's clip: what the adaptation itself does
 )

@@ -49,7 +49,7 @@ class Kind:
 KINDS = {
     "compare": Kind(FAMILY, 0, 5, (4, 16), "held out", None),
     "tune": Kind(FAMILY, 1000, 2, (16,), "validation", RATES),
-    "ablation": Kind(ABLATION, 2000, 5, (16,), "validation", (1e-4, 4e-4)),
+    "ablation": Kind(ABLATION, 2000, 3, (16,), "validation", (1e-4, 4e-4)),
 }
 
 
