@@ -46,6 +46,7 @@ ABLATION = (
     "pmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:clip_low=0.2,clip_high=0.4",
     "pmpo:clip_low=0.2,clip_high=0.2,full_clip_fraction=0.3",
+    "pmpo:clip_sides=two",
     "gmpo",
     "gmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:power_min=1",  # p = 1 at PMPO's clip: what the adaptation itself does
