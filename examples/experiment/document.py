@@ -53,26 +53,29 @@ def count(panels: dict[tuple[int, float | None], list[Summary]]) -> int:
 
 
 def tuned() -> str:
-    """Accuracy by method and learning rate, the best in bold."""
+    """Accuracy by staleness, method and learning rate, the best in bold."""
     content, panels = load("tune")
-    rates = sorted(rate for _, rate in panels if rate is not None)
-    by_rate = {rate: {s.method: s for s in group} for (_, rate), group in panels.items()}
-    rows = [["method", *(f"{rate:g}" for rate in rates), "lost at the highest"]]
-    for method in by_rate[rates[0]]:
-        found = [by_rate[rate][method].accuracy for rate in rates]
-        cell = [f"**{100 * x:.1f}**" if x == max(found) else f"{100 * x:.1f}" for x in found]
-        rows.append([method, *cell, f"{100 * (max(found) - found[-1]):.1f}"])
-    return f"{markdown(rows)}\n\n{origin(content, count(panels))}"
+    parts = []
+    for staleness in dict.fromkeys(k for k, _ in panels):
+        by_rate = {rate: {s.method: s for s in group} for (k, rate), group in panels.items() if k == staleness}
+        rows = [["method", *(f"{rate:g}" for rate in by_rate)]]
+        for method in next(iter(by_rate.values())):
+            best = chosen()[staleness][method]
+            values = {rate: f"{100 * found[method].accuracy:.1f}" for rate, found in by_rate.items()}
+            rows.append([method, *(f"**{text}**" if rate == best else text for rate, text in values.items())])
+        parts += [f"**{staleness} optimizer steps a batch of rollouts**", markdown(rows)]
+    return "\n\n".join([*parts, origin(content, count(panels))])
 
 
-def chosen() -> dict[str, float]:
-    """The learning rate with the highest accuracy, of each method."""
-    best: dict[str, Summary] = {}
-    for group in load("tune")[1].values():
+def chosen() -> dict[int, dict[str, float]]:
+    """The learning rate with the highest accuracy, by staleness and method."""
+    best: dict[int, dict[str, Summary]] = {}
+    for (staleness, _), group in load("tune")[1].items():
+        found = best.setdefault(staleness, {})
         for s in group:
-            if s.method not in best or s.accuracy > best[s.method].accuracy:
-                best[s.method] = s
-    return {method: s.learning_rate for method, s in best.items()}
+            if s.method not in found or s.accuracy > found[s.method].accuracy:
+                found[s.method] = s
+    return {staleness: {m: s.learning_rate for m, s in found.items()} for staleness, found in best.items()}
 
 
 def compared() -> str:

@@ -24,16 +24,25 @@ FAMILY = tuple(PRESETS)
 RATES = {4: (1e-4, 2e-4), 16: (5e-5, 1e-4, 2e-4, 4e-4)}
 """Learning rates that are tried for each method on the small model, on validation problems, by staleness."""
 LEARNING_RATES: dict[int, dict[str, float]] = {
-    4: dict.fromkeys(PRESETS, 2e-4),
+    4: {
+        "grpo": 0.0002,
+        "dapo": 0.0001,
+        "gmpo": 0.0001,
+        "gspo": 0.0002,
+        "hmpo": 0.0001,
+        "holder": 0.0002,
+        "apmpo": 0.0002,
+        "pmpo": 0.0002,
+    },
     16: {
-        "grpo": 2e-4,
-        "dapo": 2e-4,
-        "gmpo": 1e-4,
-        "gspo": 2e-4,
-        "hmpo": 1e-4,
-        "holder": 1e-4,
-        "apmpo": 2e-4,
-        "pmpo": 1e-4,
+        "grpo": 0.0002,
+        "dapo": 0.0002,
+        "gmpo": 0.0001,
+        "gspo": 0.0002,
+        "hmpo": 0.0001,
+        "holder": 0.0001,
+        "apmpo": 0.0002,
+        "pmpo": 0.0001,
     },
 }
 """What came out best; docs/experiment.md has the figures."""
