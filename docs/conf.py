@@ -16,7 +16,7 @@ project = "pmpo_kernels"
 version = release = __version__
 root_doc = "docs/index"
 include_patterns = ["docs/**", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/**", "benchmarks/results/**"]
-exclude_patterns = ["**/.*", ".*", "out", "build", "docs/_templates"]
+exclude_patterns = ["**/.*", ".*", "out", "build", "docs/_*"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_enable_extensions = ["dollarmath"]
@@ -28,10 +28,14 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!pmpo_kernels).*")]
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["trl", "verl", "accelerate"]  # the integrations' own; not installed for the documentation
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 
+highlight_language = "text"
 html_theme = "furo"
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["docs.css"]
 html_title = "pmpo_kernels"
 html_math_renderer = "mathml"
 html_copy_source = False
@@ -60,6 +64,12 @@ def mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> 
     raise nodes.SkipNode
 
 
+def skip_aliases(app: Sphinx, kind: str, name: str, member: object, skip: bool, options: object) -> bool | None:
+    """A field of a NamedTuple is in its signature; Python's docstring of it says no more than its number."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip_aliases)
     app.connect("source-read", add_navigation)
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
