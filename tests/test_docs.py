@@ -136,7 +136,7 @@ def commands(page: str) -> Iterator[list[str]]:
     ]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
     for line in lines:
-        line = re.sub(r"<\w+>", "reference", line)
+        line = re.sub(r"<\w+>", "reference", line).replace(".venv/bin/", "")
         try:
             words = shlex.split(line.partition(" | ")[0], comments=True)
         except ValueError:  # an apostrophe: prose
