@@ -1,4 +1,4 @@
-"""Write the figures into README.md and docs/ (fused_head, performance, performance_cpu), from the JSON files of benchmarks/results/.
+"""Write the figures into README.md and docs/ (fused_head, performance, performance_cpu) from the files of benchmarks/results/.
 
 python benchmarks/readme_table.py          renews the blocks between the markers
 python benchmarks/readme_table.py --check  exits 1 if a block does not say what the files say
