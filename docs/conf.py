@@ -15,7 +15,14 @@ from pmpo_kernels.version import __version__
 project = "pmpo_kernels"
 version = release = __version__
 root_doc = "docs/index"
-include_patterns = ["docs/**", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/**", "benchmarks/results/**"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/**",
+    "examples/**",
+    "benchmarks/results/*.md",
+]
 exclude_patterns = ["**/.*", ".*", "out", "build", "docs/_*"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 

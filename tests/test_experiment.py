@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 
 import methods
 import run_all
+from document import chosen
 from figures import means
 from logs import Settings, finished, path_of, read_log
 from methods import ABLATION, FAMILY, Method
@@ -163,6 +164,22 @@ def test_methods_are_losses(method: str) -> None:
         )  # float32, sums over the batch
 
 
+def test_without_staleness_all_methods_have_the_same_gradient() -> None:
+    """But dapo, which adds up by tokens. With the log-probs of the rollout the ratios are 1."""
+    policy = small_policy()
+    r = roll_out(policy, draw_problems("same", 4), TINY, torch.Generator().manual_seed(0))
+    r.advantages = torch.randn(len(r.mask), generator=torch.Generator().manual_seed(1))
+    gradients = {}
+    for method in FAMILY:
+        policy.model.zero_grad()
+        backward(policy, r, *Method(method).arguments(0.25, r.rewards), "logits")
+        gradients[method] = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    want = gradients.pop("grpo")
+    apart = {m: float((g - want).norm() / want.norm()) for m, g in gradients.items()}
+    assert apart.pop("dapo") > 1e-2
+    assert all(x < 1e-5 for x in apart.values()), apart  # float32: log-ratios of some 1e-7
+
+
 def test_arguments_of_a_step() -> None:
     rewards = torch.tensor([0.0, 1.0, 1.0, 1.0])
     assert [Method("holder").arguments(x, rewards)[1] for x in (0.0, 0.5, 1.0)] == [2, 0, -2]
@@ -282,6 +299,14 @@ def test_report_of_learning_rates(tmp_path: Path) -> None:
     assert all(p.summaries()[1].difference == pytest.approx((0.11, 0.01)) for p in found)
     pictures = sorted(p.name for p in (tmp_path / "report").iterdir())
     assert pictures == ["accuracy.png", "power.png", "rates.png", "results.json", "results.md", "runs.png"]
+
+
+def test_documents_say_what_the_results_say() -> None:
+    """And the learning rates are those that came out best."""
+    program = RUN.with_name("document.py")
+    done = subprocess.run([sys.executable, program, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert chosen() == methods.LEARNING_RATES
 
 
 def test_the_whole_as_a_command(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ COLOURS = dict(
     zip(FAMILY, ("#4c72b0", "#64b5cd", "#55a868", "#8c8c8c", "#937860", "#da8bc3", "#ccb974", "#c2281e"), strict=True)
 )
 SPARE = plt.get_cmap("tab20").colors
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
 PANELS: tuple[tuple[str, str], ...] = (
     ("accuracy", "accuracy, %"),
     ("clip_fraction", "clipped tokens, %"),
@@ -43,8 +43,9 @@ def draw_summary(groups: list[Panel], start: float, path: Path) -> None:
     with plt.rc_context(STYLE):
         height = 1.6 + 0.42 * max(len(panel.methods) for panel in groups)
         figure, axes = plt.subplots(
-            1, len(groups), figsize=(6 * len(groups), height), squeeze=False, layout="constrained"
+            1, len(groups), figsize=(6 * len(groups), height), sharex=True, squeeze=False, layout="constrained"
         )
+        alike = all(panel.methods == groups[0].methods for panel in groups)
         for axis, panel in zip(axes[0], groups, strict=True):
             axis.axvline(100 * start, color="black", lw=1, ls=":")
             axis.annotate(" before", (100 * start, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
@@ -55,7 +56,8 @@ def draw_summary(groups: list[Panel], start: float, path: Path) -> None:
                 axis.errorbar(
                     100 * s.accuracy, y, xerr=error, fmt="D", ms=7, capsize=4, color=colour[s.method], mec="white"
                 )
-            axis.set_yticks(range(len(panel.methods)), list(reversed(panel.methods)))
+            names = panel.methods if axis is axes[0, 0] or not alike else [""] * len(panel.methods)
+            axis.set_yticks(range(len(names)), [name.replace(",", ",\n") for name in reversed(names)])
             axis.set_ylim(-0.6, len(panel.methods) - 0.4)
             axis.set_xlabel("accuracy after training, %")
             axis.set_title(wrap(panel.title))

@@ -21,9 +21,21 @@ PRESETS = {
     "pmpo": LossConfig.pmpo,
 }
 FAMILY = tuple(PRESETS)
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-"""Learning rates that are tried for each method on the small model, by validation problems."""
-LEARNING_RATES = dict.fromkeys(PRESETS, 1e-4)
+RATES = {4: (1e-4, 2e-4), 16: (5e-5, 1e-4, 2e-4, 4e-4)}
+"""Learning rates that are tried for each method on the small model, on validation problems, by staleness."""
+LEARNING_RATES: dict[int, dict[str, float]] = {
+    4: dict.fromkeys(PRESETS, 2e-4),
+    16: {
+        "grpo": 2e-4,
+        "dapo": 2e-4,
+        "gmpo": 1e-4,
+        "gspo": 2e-4,
+        "hmpo": 1e-4,
+        "holder": 1e-4,
+        "apmpo": 2e-4,
+        "pmpo": 1e-4,
+    },
+}
 """What came out best; docs/experiment.md has the figures."""
 ABLATION = (
     "pmpo",
@@ -36,6 +48,9 @@ ABLATION = (
     "pmpo:ess_rule=absolute,ess_floor=0.9",
     "pmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:clip_low=0.2,clip_high=0.4",
+    "pmpo:clip_low=0.2,clip_high=0.2,full_clip_fraction=0.3",
+    "pmpo:clip_sides=two",
+    "gmpo",
     "gmpo:clip_low=0.2,clip_high=0.2",
     "pmpo:power_min=1",  # p = 1 at PMPO's clip: what the adaptation itself does
 )
@@ -86,6 +101,12 @@ class Method:
             return PRESETS["apmpo"](apmpo_power(rewards), apmpo_clip(rewards), **self.options()), None
         first = (1.0,) if self.preset == "apmpo" else ()
         return PRESETS[self.preset](*first, **self.options()), None
+
+
+def learning_rate(preset: str, staleness: int) -> float:
+    """The best known for the small model."""
+    known = [k for k in LEARNING_RATES if k <= staleness]
+    return LEARNING_RATES[max(known, default=min(LEARNING_RATES))][preset]
 
 
 def _number(text: str) -> float | str:

@@ -17,7 +17,8 @@ from typing import Annotated
 
 import typer
 from logs import Settings, finished
-from methods import ABLATION, FAMILY, LEARNING_RATES, RATES, Method
+from methods import ABLATION, FAMILY, RATES, Method
+from methods import learning_rate as best_rate
 from policy import FILE, pretrain
 from report import write_report
 from rich.console import Console
@@ -43,13 +44,13 @@ class Kind:
     seeds: int
     staleness: tuple[int, ...]
     evaluate_on: Side
-    rates: tuple[float, ...] | None  # None: each method's own
+    rates: dict[int, tuple[float, ...]]  # by staleness; where there is none, each method's own
 
 
 KINDS = {
-    "compare": Kind(FAMILY, 0, 5, (4, 16), "held out", None),
-    "tune": Kind(FAMILY, 1000, 2, (16,), "validation", RATES),
-    "ablation": Kind(ABLATION, 2000, 5, (16,), "validation", (1e-4, 4e-4)),
+    "compare": Kind(FAMILY, 0, 5, (4, 16), "held out", {}),
+    "tune": Kind(FAMILY, 1000, 2, tuple(RATES), "validation", RATES),
+    "ablation": Kind(ABLATION, 2000, 3, (16,), "validation", {16: (1e-4, 4e-4)}),
 }
 
 
@@ -60,13 +61,13 @@ def plan(
     rates: Callable[[str], Sequence[float]],
     options: dict,
 ) -> list[Settings]:
-    """All runs, seed by seed, so that an interrupted experiment has every method. `rates`: of a method."""
+    """All runs, seed by seed, so that an interrupted experiment has every method. `rates`: of a method and a staleness."""
     return [
         Settings(method=m, seed=seed, staleness=k, learning_rate=rate, **options)
         for seed in seeds
         for k in staleness
         for m in methods
-        for rate in rates(m)
+        for rate in rates(m, k)
     ]
 
 
@@ -133,9 +134,10 @@ def main(
     if smoke:
         methods, seeds, staleness = methods[-1:], 1, [1]
 
-    def rates(m: str) -> Sequence[float]:
-        own = SMOLLM2_RATE if model == "smollm2" else LEARNING_RATES[Method(m).preset]
-        return learning_rate or (usual.rates if model == "small" else None) or [own]
+    def rates(m: str, k: int) -> Sequence[float]:
+        if learning_rate or model == "smollm2":
+            return learning_rate or [SMOLLM2_RATE]
+        return usual.rates.get(k) or [best_rate(Method(m).preset, k)]
 
     numbers = range(usual.first_seed, usual.first_seed + (seeds or usual.seeds))
     try:
