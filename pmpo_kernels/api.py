@@ -111,7 +111,7 @@ def pmpo_loss(
 ) -> PMPOOutput:
     """Power-mean policy loss of a batch of trajectories, from logits (PMPO, arXiv 2601.22521, and its whole family).
 
-    Per trajectory with n tokens, log-ratios d_t = logp_t - old_logp_t clipped to d'_t, a_t = exp(d'_t) v_t:
+    Per trajectory with n tokens, log-ratios d_t = logp_t - old_logp_t clipped to d'_t, a_t = exp(d'_t) v_t::
 
         loss = - sum_i w_i A_i M_p(a),    M_p(a) = ( (1/n) sum_t a_t^p )^(1/p),
         dloss/dlogp_t = - w_i A_i M_p W_t on unclipped tokens,    W = softmax(p log a).
@@ -145,7 +145,7 @@ def pmpo_loss(
         group: ranks among which the vocabulary of the logits is split, in their order, parts of any size; token_ids and all
             else is the same on all of them. Logits that are a DTensor sharded along V bring their own.
         mesh: `DeviceMesh` with dimensions among "tp" (as `group`), "cp" (each rank has a part of each trajectory's tokens, and
-            the same number of trajectories), "dp" or several "dp_..." (other trajectories). The loss, p, ESS and metrics are
+            the same number of trajectories), "dp" or several `"dp_..."` (other trajectories). The loss, p, ESS and metrics are
             those of the rank's trajectories, whole ones; the loss of the batch is their sum over "dp", its gradient the sum
             of those of "cp" and "dp". D is that of all trajectories of the mesh. docs/scaling.md.
         sequence_split: which part of a trajectory a rank of "cp" has: "contiguous", or "zigzag", two of twice as many pieces,
@@ -284,7 +284,7 @@ def linear_pmpo_loss(
 ) -> PMPOOutput:
     """`pmpo_loss` from the hidden states before the LM head: the logits of a whole batch never exist.
 
-    With scale s and softcap c, both as in the model's configuration, the logits are
+    With scale s and softcap c, both as in the model's configuration, the logits are::
 
         z = c tanh(s (W h + b) / c),  or  s (W h + b) without a softcap.
 

@@ -190,6 +190,15 @@ def test_a_loss_of_ones_own(registry: None) -> None:
     assert changed != expected
 
 
+def test_the_lines_of_the_documentation_register_a_loss(registry: None) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "verl.md").read_text(), re.S)
+    exec(compile(block, "docs/verl.md", "exec"), {})
+    batch = make_batch(V=11)
+    loss, _, _ = call("hmpo", actor("hmpo"), batch, "seq-mean-token-mean")
+    given = (batch.logp, batch.old_logp, batch.advantages)
+    assert loss == pmpo_loss_from_logp(*given, mask=batch.mask, config=LossConfig.hmpo()).loss
+
+
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [

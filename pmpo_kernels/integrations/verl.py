@@ -52,7 +52,7 @@ _losses: dict[str, Callable[..., LossConfig]] = {}  # name in verl -> its LossCo
 
 @dataclass
 class PowerMeanLossConfig(PolicyLossConfig):  # type: ignore[misc]
-    """verl's `policy_loss` section with `options` for the losses of this module. On verl's command line:
+    """verl's `policy_loss` section with `options` for the losses of this module. On verl's command line::
 
         actor_rollout_ref.actor.policy_loss._target_=pmpo_kernels.integrations.verl.PowerMeanLossConfig
         actor_rollout_ref.actor.policy_loss.loss_mode=pmpo
@@ -110,7 +110,7 @@ def power_mean_policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss registered as `name`, called as verl calls its policy losses.
 
-    -sum_i w_i A_i M_p, of which w_i follows verl's `agg_loss`: with n_i response tokens and dp_size R, w_i is
+    -sum_i w_i A_i M_p, of which w_i follows verl's `agg_loss`: with n_i response tokens and dp_size R, w_i is::
 
         "token-mean"               n_i R / batch_num_tokens
         "token-sum"                n_i R
@@ -132,7 +132,7 @@ def power_mean_policy_loss(
 
     Returns:
         The loss (0-d) and metrics as floats, moved to the host at once: actor/pg_clipfrac (clipped tokens, at either bound),
-        actor/pg_clipfrac_lower (those at the lower one), actor/ppo_kl (mean of -d), and actor/pmpo/*.
+        actor/pg_clipfrac_lower (those at the lower one), actor/ppo_kl (mean of -d), and `actor/pmpo/*`.
 
     Raises:
         TypeError, ValueError: a wrong argument; advantages that vary in a row; a field of verl's (`clip_ratio_low`, ...)
