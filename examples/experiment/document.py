@@ -86,7 +86,7 @@ def compared() -> str:
         rows = [[*WIDE[:1], "rate", *WIDE[1:]]]
         for s in group:
             method, _, rate, *others = cells(s)
-            rows.append([method, rate, *others[:8]])
+            rows.append([method, rate, *others[: len(WIDE) - 1]])
         parts += [f"**{staleness} optimizer steps a batch of rollouts**", markdown(rows)]
     return "\n\n".join([*parts, origin(content, count(panels))])
 
