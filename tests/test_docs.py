@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -156,12 +158,14 @@ def functions_of(script: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 
 def load(script: Path) -> ModuleType:
+    """Imported, without what it does to the environment for its own process."""
     spec = importlib.util.spec_from_file_location(f"loaded_{script.stem}", script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for it
-    spec.loader.exec_module(module)
+    with mock.patch.dict(os.environ):
+        spec.loader.exec_module(module)
     return module
 
 
