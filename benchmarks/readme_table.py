@@ -45,8 +45,8 @@ def machine(content: Content, device: str) -> str:
     return f"{name}, torch {versions['torch']}, triton {versions['triton']}, {content['date'][:10]}"
 
 
-def comparison(files: dict[Path, Content]) -> list[str]:
-    """One table for the cases of one machine: a line a case and variant."""
+def comparison(files: dict[Path, Content], root: str = "") -> list[str]:
+    """One table for the cases of one machine: a line a case and variant. `root`: the way from the page to the repository."""
     first = next(iter(files.values()))
     device = first["case"]["device"]
     allocators = list(dict.fromkeys(a for c in files.values() for row in c["results"] for a in row["timings"]))
@@ -60,7 +60,7 @@ def comparison(files: dict[Path, Content]) -> list[str]:
         case = content["case"]
         shape = f"({case['batch']}, {case['tokens']}, {case['vocab']:,}) {case['dtype']}"
         for i, row in enumerate(content["results"]):
-            cells = [f"[{shape}]({path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
+            cells = [f"[{shape}]({root}{path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
             if row["problem"]:
                 rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
                 continue
@@ -107,8 +107,13 @@ def shares(files: dict[Path, Content]) -> list[str]:
     return [f"{machine(first, first['case']['device'])}:", "", *table(header, rows)]
 
 
+def folders(files: dict[Path, Content]) -> list[dict[Path, Content]]:
+    """The files of each machine."""
+    return [{p: c for p, c in files.items() if p.parent == folder} for folder in dict.fromkeys(p.parent for p in files)]
+
+
 def readme() -> str:
-    """Everything between the two markers of the README."""
+    """Everything between the two markers of the README: the largest vocabulary; all others are in docs/."""
     files = load("bench-*.json")
     on_gpu = {path: c for path, c in load("run-*.json").items() if c["case"]["device"] != "cpu"}
     parts = [
@@ -120,9 +125,9 @@ def readme() -> str:
             " lists what is missing, and `benchmarks/gpu.sh` measures it on your machine; what the binaries promise is in"
             " [docs/performance.md](docs/performance.md). On a CPU, medians:"
         )
-    for folder in dict.fromkeys(path.parent for path in files):
-        mine = {path: content for path, content in files.items() if path.parent == folder}
-        parts.append("\n".join(comparison(mine)))
+    for mine in folders(files):
+        largest = max(content["case"]["vocab"] for content in mine.values())
+        parts.append("\n".join(comparison({p: c for p, c in mine.items() if c["case"]["vocab"] == largest})))
     return "\n\n".join([START, *parts, END])
 
 
@@ -314,7 +319,10 @@ def performance() -> str:
 def performance_cpu() -> str:
     """Everything between the two markers of docs/performance_cpu.md."""
     files = load("stages.json")
-    parts = [
+    on_cpu = {path: c for path, c in load("bench-*.json").items() if c["case"]["device"] == "cpu"}
+    parts = ["A step beside eager PyTorch and `torch.compile`, medians:"]
+    parts += ["\n".join(comparison(mine, "../")) for mine in folders(on_cpu)]
+    parts += [
         f"{stages(c)}\n\n![Stages and floors](../{p.with_suffix('.png').relative_to(ROOT).as_posix()})"
         for p, c in files.items()
     ]
