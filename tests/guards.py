@@ -11,7 +11,7 @@ argument, and a store in one that the kernel writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
-from triton.runtime.jit import JITFunction
+
+from pmpo_kernels.linear import linear_loss
 
 BAND = 4096  # bytes: the widest block of a row
 ROW_RESULTS = ("logp_ptr", "row_max_ptr", "row_sum_ptr", "entropy_ptr")
@@ -36,12 +37,14 @@ WRITES = {
     "solve_power.cpp": (),
 }
 """Arguments that each kernel writes; C++ operators allocate their results themselves. All else is only read."""
+UPDATES = {"dlogits_.cpp": ("logits",)}
+"""Those among them that it reads too, of one argument."""
 
 
 class Argument(NamedTuple):
     name: str
     tensor: Tensor
-    given: bool  # an input that is there, or an output
+    read: bool  # an input that is there
     written: bool
 
 
@@ -70,9 +73,10 @@ class Guarded:
         # of each byte of `room`: whether it belongs to an argument, and to one that is read, written
         self.covered, reads, self.written = (np.zeros(len(self.room), dtype=bool) for _ in range(3))
         for argument in arguments:
-            if argument.given:
-                mark(self.covered[self.inside], argument.tensor)
-                mark((self.written if argument.written else reads)[self.inside], argument.tensor)
+            for used, flags in ((argument.read, reads), (argument.written, self.written)):
+                if used:
+                    mark(self.covered[self.inside], argument.tensor)
+                    mark(flags[self.inside], argument.tensor)
         before = np.full(len(self.room), pattern, dtype=np.uint8)
         content = self.source.cpu().numpy()
         before[self.inside] = np.where(reads[self.inside], content, pattern)
@@ -113,14 +117,16 @@ class Guard:
         arguments = []
         for name, value in values.items():
             if isinstance(value, Tensor):
-                given = bool(values.get("has_" + name.removesuffix("_ptr"), True))
-                arguments.append(Argument(name, value, given, name in WRITES[kernel]))
+                written = name in WRITES[kernel]
+                missing = values.get("has_" + name.removesuffix("_ptr")) == 0
+                read = not missing and (not written or name in UPDATES.get(kernel, ()))
+                arguments.append(Argument(name, value, read, written))
         # one buffer for each argument, but for those that share the storage of one that is written
         shared = {a.tensor.untyped_storage().data_ptr() for a in arguments if a.written}
         groups: dict[object, list[Argument]] = {}
         for argument in arguments:
             pointer = argument.tensor.untyped_storage().data_ptr()
-            key = pointer if argument.given and pointer in shared else argument.name
+            key = pointer if (argument.read or argument.written) and pointer in shared else argument.name
             groups.setdefault(key, []).append(argument)
         buffers = [Guarded(group, self.pattern) for group in groups.values()]
         moved = {a.name: buffer.moved(a) for buffer in buffers for a in buffer.arguments}
@@ -158,16 +164,14 @@ class _CppOperators(TorchDispatchMode):
         self.guard = guard
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.pmpo_kernels.linear_loss.default:
+            with self:  # which calls the operators
+                return linear_loss(*args)
         if func.namespace != "pmpo_kernels" or func._overloadname != "cpp":
             return func(*args, **(kwargs or {}))
         names = [argument.name for argument in func._schema.arguments]
         name = func._schema.name.partition("::")[2] + ".cpp"
         return self.guard.call(name, dict(zip(names, args, strict=True)), lambda values: func(*values.values()))
-
-
-def launchers(kernels: Iterable[Any]) -> set[type]:
-    """The class whose `run` starts the kernels: compiled ones or interpreted ones."""
-    return {type(kernel) for kernel in kernels}
 
 
 @contextmanager
@@ -179,9 +183,7 @@ def guarded(pattern: int, launcher: type) -> Iterator[Guard]:
 
     def guarded_run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        return guard.call(
-            kernel.fn.__name__, values, lambda moved: run(kernel, **moved, grid=grid, warmup=warmup)
-        )
+        return guard.call(kernel.fn.__name__, values, lambda moved: run(kernel, **moved, grid=grid, warmup=warmup))
 
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         guard.watch("loads", pointers, mask)

@@ -75,7 +75,10 @@ HEAP_READ = ("heap-buffer-overflow", "READ of size")
 ERRORS = {
     "logits, bfloat16": ("token_logp(short(torch.zeros(2, 3, 67, dtype=torch.bfloat16)))", HEAP_READ),
     "logits, float32": ("token_logp(short(torch.zeros(2, 3, 4100)))", HEAP_READ),
-    "logits, SSE2": ("cpp.extension.use_isa(cpp.extension.isas()[0]); token_logp(short(torch.zeros(1, 1, 4096)))", HEAP_READ),
+    "logits, SSE2": (
+        "cpp.extension.use_isa(cpp.extension.isas()[0]); token_logp(short(torch.zeros(1, 1, 4096)))",
+        HEAP_READ,
+    ),
     "mask": ("token_logp(torch.zeros(2, 3, 5), short(torch.ones(2, 3, dtype=torch.bool)))", HEAP_READ),
     "token ids": ("token_logp(torch.zeros(2, 3, 5), ids=short(torch.zeros(2, 3, dtype=torch.int64)))", HEAP_READ),
     "gradient's logits": ("dlogits_(short(torch.zeros(1, 2, 67)), 1.0)", HEAP_READ),
