@@ -35,10 +35,12 @@ assert pmpo_kernels.cpp.extension is not None, pmpo_kernels.cpp.problem
 sys.exit(pytest.main(sys.argv[2:]))
 """
 # Those whose kernels are C++, alone or among others; builds of the extension and programs with a compiler of their own are none.
+NAMES = (
+    "cpp", "stages", "loss", "errors", "extremes", "solver", "promises", "ops", "linear", "linear_backward", "linear_work",
+    "pytorch_features", "combinations", "guard_bands", "ranks", "distributed",
+)  # fmt: skip
 TESTS = [
-    *(f"tests/test_{name}.py" for name in ("cpp", "stages", "loss", "errors", "extremes", "solver", "promises", "ops")),
-    *(f"tests/test_{name}.py" for name in ("linear", "linear_backward", "linear_work", "pytorch_features")),
-    "tests/test_combinations.py",
+    *(f"tests/test_{name}.py" for name in NAMES),
     "--deselect=tests/test_cpp.py::test_build",
     "-knot triton and not reference",
 ]
