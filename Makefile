@@ -5,7 +5,7 @@ BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test docs peers bench verify experiment experiment-gpu lint clean
+.PHONY: demo test docs peers bench verify sanitize experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -54,6 +54,10 @@ docs: .venv/installed
 
 verify: .venv/installed
 	@$(call with_triton,$(BIN)/pmpo-kernels verify)
+
+# Every test that runs C++ kernels, with AddressSanitizer and UndefinedBehaviorSanitizer in them (GCC on Linux).
+sanitize: .venv/installed
+	$(BIN)/python tests/sanitizers.py
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
