@@ -36,9 +36,13 @@ ALLOWED = {
     CUDA: 0,
 }
 
-# On a CPU PyTorch keeps what it made for 1,024 bfloat16 products of different sizes, and oneDNN as many: some 0.3 MB each. Off, or
-# they would hide what the package keeps.
-WITHOUT_CACHES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+# What is kept to be used again hides what leaks, so it is switched off. On a CPU PyTorch keeps what it made for 1,024 bfloat16
+# products of different sizes, and oneDNN as many, some 0.3 MB each. The C library keeps freed chunks that it counts as in use.
+WITHOUT_CACHES = {
+    "LRU_CACHE_CAPACITY": "1",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+}
 
 RunStep = Callable[[int, int, str | None, str], list[Tensor]]
 
