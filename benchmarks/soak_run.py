@@ -37,10 +37,12 @@ ALLOWED = {
 }
 
 # What is kept to be used again hides what leaks, so it is switched off. On a CPU PyTorch keeps what it made for 1,024 bfloat16
-# products of different sizes, and oneDNN as many, some 0.3 MB each. The C library keeps freed chunks that it counts as in use.
+# products of different sizes, and oneDNN as many, some 0.3 MB each; MKL keeps the buffers of its products, a large one of a rare
+# size for good. The C library keeps freed chunks that it counts as in use.
 WITHOUT_CACHES = {
     "LRU_CACHE_CAPACITY": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    "MKL_DISABLE_FAST_MM": "1",
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
 }
 
