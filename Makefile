@@ -5,7 +5,7 @@ BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test docs peers bench verify sanitize experiment experiment-gpu lint clean
+.PHONY: demo test docs peers bench verify sanitize soak experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -61,6 +61,10 @@ sanitize: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Is memory flat over 50,000 steps? Several minutes.
+soak: .venv/installed
+	$(BIN)/python benchmarks/soak.py --out out/soak/soak.json --overwrite
 
 # What is there already is not run again: after an interruption, the same command goes on.
 experiment: .venv/installed
