@@ -52,7 +52,9 @@ def default_impls() -> dict[str, str]:
     if not torch.cuda.is_available():
         gpu = "none: no GPU is visible to PyTorch"
     else:
-        gpu = "triton, the fastest" if TRITON_INSTALLED else f"none: {_problem('triton')}; impl='reference' runs, slower"
+        gpu = (
+            "triton, the fastest" if TRITON_INSTALLED else f"none: {_problem('triton')}; impl='reference' runs, slower"
+        )
     return {"CPU tensors": cpu, "GPU tensors": gpu}
 
 

@@ -15,14 +15,27 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass, field
-from importlib.metadata import requires
+from email import message_from_string
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".versions"
 OLDEST, NEWEST = (3, 10), (3, 14)  # of Python: requires-python, and the newest that is looked for
 # Each stage, the losses, what depends most on PyTorch (compile, operators), on Triton and on typer; the head on all.
-CORE = ["config", "reference", "stages", "cpp", "loss", "ops", "solver", "schedules", "compile", "triton", "linear", "cli"]
+CORE = [
+    "config",
+    "reference",
+    "stages",
+    "cpp",
+    "loss",
+    "ops",
+    "solver",
+    "schedules",
+    "compile",
+    "triton",
+    "linear",
+    "cli",
+]
 CORE += ["imports", "errors", "public_api", "security"]
 REPORT = """
 import json, platform, sys
@@ -35,16 +48,15 @@ print(json.dumps({"Python": platform.python_version(), **{name: version(name) fo
 @dataclass
 class End:
     name: str
-    pins: list[str] = field(default_factory=list)  # requirements as they are given to pip
     found: dict[str, str] = field(default_factory=dict)  # versions that were installed
     result: str = ""
     failed: bool = False
 
 
-def lower_bounds(lines: list[str]) -> list[str]:
+def lower_bounds(source: Path) -> list[str]:
     """`name==x` of each `name>=x`, without those of extras other than `test`."""
     found = {}
-    for line in lines:
+    for line in message_from_string((source / "PKG-INFO").read_text()).get_all("Requires-Dist", []):
         requirement, _, marker = line.partition(";")
         bound = re.match(r"\s*([\w.-]+)\s*>=\s*([\w.]+)", requirement)
         if bound and ("extra" not in marker or re.search(r"extra == .test.", marker)):
@@ -90,13 +102,14 @@ def unpack_sdist(to: Path) -> Path:
 
 def install(end: End, python: str, folder: Path) -> Path:
     """An environment with the package, editable, so that its C++ kernels are built against that PyTorch."""
+    source = unpack_sdist(folder)
+    wanted = lower_bounds(source) if end.name == "lowest" else ["torch", "triton", "numpy"]
     run(python, "-m", "venv", folder / "venv")
     own = folder / "venv" / "bin" / "python"
     run(own, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
-    run(own, "-m", "pip", "install", "--quiet", *end.pins, "setuptools>=77", "wheel")
-    source = unpack_sdist(folder)
+    run(own, "-m", "pip", "install", "--quiet", *wanted, "setuptools>=77", "wheel")
     pins = folder / "pins.txt"
-    pins.write_text("\n".join(end.pins) + "\n")
+    pins.write_text("\n".join(wanted) + "\n")
     with_tests = [own, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--constraint", pins]
     run(*with_tests, "--editable", f"{source}[test,triton]")
     done = subprocess.run([own, "-c", REPORT], capture_output=True, text=True, check=True)
@@ -104,14 +117,13 @@ def install(end: End, python: str, folder: Path) -> Path:
     return source
 
 
-def check(end: End, python: str | None, keep: bool) -> None:
+def check(end: End, python: str | None) -> None:
     folder = FOLDER / end.name
     if python is None:
         end.result = "NOT TESTED: no interpreter"
         return
-    if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
         source = install(end, python, folder)
     except (subprocess.CalledProcessError, OSError) as error:
@@ -131,21 +143,21 @@ def check(end: End, python: str | None, keep: bool) -> None:
     end.result += f"{tests - errors - failures - skipped} passed, {failures + errors} failed, {skipped} skipped"
 
 
+def newest() -> str | None:
+    for minor in range(NEWEST[1], OLDEST[1], -1):
+        python = interpreter((3, minor))
+        if python is not None:
+            return python
+        print(f"NOT TESTED: Python 3.{minor} is not here")
+    return None
+
+
 def main(arguments: list[str]) -> int:
     """`versions.py [lowest] [highest]`, both where none is named."""
-    lowest = End("lowest", lower_bounds(requires("pmpo-kernels") or []))
-    highest = End("highest", ["torch", "triton", "numpy"])
-    ends = [end for end in (lowest, highest) if end.name in (arguments or ("lowest", "highest"))]
+    find = {"lowest": lambda: interpreter(OLDEST), "highest": newest}
+    ends = [End(name) for name in arguments or find]
     for end in ends:
-        if end is lowest:
-            check(end, interpreter(OLDEST), False)
-            continue
-        for minor in range(NEWEST[1], OLDEST[1], -1):
-            python = interpreter((3, minor))
-            if python is not None:
-                break
-            print(f"NOT TESTED: Python 3.{minor} is not here")
-        check(end, python, False)
+        check(end, find[end.name]())
     print()
     for end in ends:
         print(f"{end.name}: {end.result}\n  {', '.join(f'{name} {version}' for name, version in end.found.items())}")
