@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmpo_kernels.aggregate import default_denominator, total_loss
-from pmpo_kernels.config import LossConfig, TrajectoryOptions
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.config import TrajectoryOptions
 from pmpo_kernels.ops import stage
 from pmpo_kernels.reference import STATS
 
@@ -103,7 +103,7 @@ class TrajectoryInputs(NamedTuple):
 
 
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs, denominator, config) -> (loss, stats, denominator); the loss is differentiable in logp and
+    """(logp, entropy, inputs, denominator, aggregation) -> (loss, stats, denominator); the loss is differentiable in logp and
     entropy."""
 
     @staticmethod
@@ -113,7 +113,7 @@ class TrajectoryFunction(torch.autograd.Function):
         entropy: Tensor | None,
         inputs: TrajectoryInputs,
         denominator: Tensor | None,
-        config: LossConfig,
+        aggregation: Aggregation,
     ) -> tuple[Tensor, Tensor, Tensor]:
         i = inputs
         dlogp, dentropy, stats = stage("trajectory", i.impl)(
@@ -131,12 +131,12 @@ class TrajectoryFunction(torch.autograd.Function):
             list(i.options),
         )
         tokens = stats[STATS.index("tokens")]
-        denominator = default_denominator(tokens, config) if denominator is None else denominator.clone()
+        denominator = default_denominator(tokens, aggregation) if denominator is None else denominator.clone()
         ctx.save_for_backward(dlogp, dentropy, denominator)
         ctx.mark_non_differentiable(stats, denominator)
         ctx.set_materialize_grads(False)
         ctx.dtype = logp.dtype
-        loss = total_loss(stats, config, denominator).to(logp.dtype)
+        loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
         # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
         if dlogp.numel():
             largest = (torch.linalg.vector_norm(dlogp, torch.inf) / denominator).to(logp.dtype)
