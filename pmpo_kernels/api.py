@@ -350,7 +350,7 @@ def linear_pmpo_loss(
         sharing.describe(weight.shape[0], token_ids, inputs, D, (*head[:4], skips), tuple(wanted))
     sharing.check_token_ids(token_ids, inputs.mask)
     loss, stats, D, logp, entropy = LinearLossFunction.apply(
-        hidden, weight, bias, token_ids, inputs, D, config, head, sharing
+        hidden, weight, bias, token_ids, inputs, D, Aggregation.of(config), head, sharing
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     if not skips:

@@ -58,7 +58,12 @@ class TokenLogpFunction(torch.autograd.Function):
         parts: Parts | None,
     ) -> tuple[Tensor, Tensor]:
         any_ids, targets = (token_ids, token_ids) if parts is None else parts.local_ids(token_ids)
-        found = stage("token_logp", impl)(logits, any_ids, mask, temperature)
+        try:
+            found = stage("token_logp", impl)(logits, any_ids, mask, temperature)
+        except RuntimeError as error:  # from PyTorch 2.15 on, whatever the C++ kernels raise
+            if not str(error).startswith("token_ids: "):
+                raise
+            raise ValueError(str(error).partition("\n")[0]) from None
         found = found if parts is None else parts.combine(token_ids, mask, temperature, found)
         logp, row_max, row_sum, entropy = found
         ctx.save_for_backward(logits, targets, mask, row_max, row_sum, entropy)

@@ -19,7 +19,9 @@ CONFIGURATIONS = configurations()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-peers", action="store_true", help="fail, not skip, where TRL, verl or Liger is missing")
-    parser.addoption("--isolated", action="store_true", help="also build and install the package as pip does, with its requirements")
+    parser.addoption(
+        "--isolated", action="store_true", help="also build and install the package as pip does, with its requirements"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
