@@ -59,7 +59,7 @@ peers: .venv-peers/installed
 
 # Builds and installs as pip does, with downloads; what of it needs none is a part of `make test`.
 package: .venv/installed
-	$(BIN)/python -m pytest tests/test_package.py --isolated
+	$(BIN)/python -m pytest tests/test_package.py tests/test_security.py --isolated
 
 # The lowest and the newest versions that are supported, each in an environment of its own under .versions.
 versions: .venv/installed

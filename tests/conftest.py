@@ -54,7 +54,7 @@ def config(request: pytest.FixtureRequest) -> LossConfig:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "isolated" in item.keywords and not config.getoption("isolated"):
-            item.add_marker(pytest.mark.skip(reason="downloads what it installs: make package"))
+            item.add_marker(pytest.mark.skip(reason="downloads, or takes minutes: make package"))
     if torch.cuda.is_available():
         return
     for item in items:
