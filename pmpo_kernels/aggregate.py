@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,26 @@ from pmpo_kernels.config import LossConfig
 from pmpo_kernels.reference import STATS
 
 
-def default_denominator(tokens: Tensor, config: LossConfig) -> Tensor:
+class Aggregation(NamedTuple):
+    """What of a `LossConfig` decides here: an autograd Function under torch.compile of PyTorch 2.10 cannot take the dataclass."""
+
+    loss_agg_mode: str
+    beta: float
+    entropy_coef: float
+
+    @classmethod
+    def of(cls, config: LossConfig) -> Aggregation:
+        return cls(config.loss_agg_mode, config.beta, config.entropy_coef)
+
+
+def default_denominator(tokens: Tensor, config: LossConfig | Aggregation) -> Tensor:
     """D of design 2.6, 0-d float64, from each trajectory's tokens (B,) float64: their sum for "token-mean", else the
     non-empty trajectories; at least 1."""
     count = tokens if config.loss_agg_mode == "token-mean" else (tokens > 0).double()
     return count.sum().clamp(min=1)
 
 
-def total_loss(stats: Tensor, config: LossConfig, denominator: Tensor) -> Tensor:
+def total_loss(stats: Tensor, config: LossConfig | Aggregation, denominator: Tensor) -> Tensor:
     """Loss of design 2.6, 2.7, 0-d float64: (policy + beta KL - entropy_coef H), each weighted alike, over D."""
     row = dict(zip(STATS, stats.unbind(), strict=True))
     loss = (row["weight"] * row["policy_loss"]).sum()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.aggregate import metrics
+from pmpo_kernels.aggregate import Aggregation, metrics
 from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
 from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
 from pmpo_kernels.chunks import count_tokens
@@ -350,7 +350,7 @@ def linear_pmpo_loss(
         sharing.describe(weight.shape[0], token_ids, inputs, D, (*head[:4], skips), tuple(wanted))
     sharing.check_token_ids(token_ids, inputs.mask)
     loss, stats, D, logp, entropy = LinearLossFunction.apply(
-        hidden, weight, bias, token_ids, inputs, D, config, head, sharing
+        hidden, weight, bias, token_ids, inputs, D, Aggregation.of(config), head, sharing
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
     if not skips:
@@ -372,7 +372,8 @@ def _loss(
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, inputs)
     denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), config)
-    loss, stats, D = TrajectoryFunction.apply(whole.logp, whole.entropy, whole.inputs, denominator, config)
+    terms = Aggregation.of(config)
+    loss, stats, D = TrajectoryFunction.apply(whole.logp, whole.entropy, whole.inputs, denominator, terms)
     entropy = None if entropy is None else entropy.detach()
     return _output(loss, stats, D, logp.detach(), entropy, inputs)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmpo_kernels.aggregate import default_denominator, total_loss
-from pmpo_kernels.config import LossConfig, TrajectoryOptions
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.config import TrajectoryOptions
 from pmpo_kernels.ops import stage
 from pmpo_kernels.reference import STATS
 
@@ -58,7 +58,12 @@ class TokenLogpFunction(torch.autograd.Function):
         parts: Parts | None,
     ) -> tuple[Tensor, Tensor]:
         any_ids, targets = (token_ids, token_ids) if parts is None else parts.local_ids(token_ids)
-        found = stage("token_logp", impl)(logits, any_ids, mask, temperature)
+        try:
+            found = stage("token_logp", impl)(logits, any_ids, mask, temperature)
+        except RuntimeError as error:  # from PyTorch 2.15 on, whatever the C++ kernels raise
+            if not str(error).startswith("token_ids: "):
+                raise
+            raise ValueError(str(error).partition("\n")[0]) from None
         found = found if parts is None else parts.combine(token_ids, mask, temperature, found)
         logp, row_max, row_sum, entropy = found
         ctx.save_for_backward(logits, targets, mask, row_max, row_sum, entropy)
@@ -105,7 +110,7 @@ class TrajectoryInputs(NamedTuple):
 
 
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs, denominator, config) -> (loss, stats, denominator); the loss is differentiable in logp and
+    """(logp, entropy, inputs, denominator, aggregation) -> (loss, stats, denominator); the loss is differentiable in logp and
     entropy."""
 
     @staticmethod
@@ -115,7 +120,7 @@ class TrajectoryFunction(torch.autograd.Function):
         entropy: Tensor | None,
         inputs: TrajectoryInputs,
         denominator: Tensor | None,
-        config: LossConfig,
+        aggregation: Aggregation,
     ) -> tuple[Tensor, Tensor, Tensor]:
         i = inputs
         dlogp, dentropy, stats = stage("trajectory", i.impl)(
@@ -133,12 +138,12 @@ class TrajectoryFunction(torch.autograd.Function):
             list(i.options),
         )
         tokens = stats[STATS.index("tokens")]
-        denominator = default_denominator(tokens, config) if denominator is None else denominator.clone()
+        denominator = default_denominator(tokens, aggregation) if denominator is None else denominator.clone()
         ctx.save_for_backward(dlogp, dentropy, denominator)
         ctx.mark_non_differentiable(stats, denominator)
         ctx.set_materialize_grads(False)
         ctx.dtype = logp.dtype
-        loss = total_loss(stats, config, denominator).to(logp.dtype)
+        loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
         # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
         if dlogp.numel():
             largest = (torch.linalg.vector_norm(dlogp, torch.inf) / denominator).to(logp.dtype)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pmpo_kernels.config import TEMPERATURE_RANGE, representable
 
+# asked once: torch.compile of PyTorch 2.10 cannot trace the question
+AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -90,7 +92,7 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
         raise ValueError(f"hidden: expected H at least 1, got shape {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), V at least 1, got {tuple(weight.shape)}")
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    autocast = device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
     autocast = autocast and torch.float64 not in (hidden.dtype, weight.dtype)
     dtypes = FLOATS[:-1] if autocast else (hidden.dtype,)
     check_tensor("weight", weight, dtypes=dtypes, device=device, shape=weight.shape)

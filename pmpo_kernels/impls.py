@@ -42,6 +42,22 @@ def available_impls() -> dict[str, str]:
     return {impl: _problem(impl) or f"{USABLE} on {where[impl]}" for impl in IMPLS}
 
 
+def default_impls() -> dict[str, str]:
+    """What impl=None chooses for CPU and for GPU tensors, with the reason where it is not the fastest or none.
+
+    >>> default_impls()["GPU tensors"]
+    'none: no GPU is visible to PyTorch'
+    """
+    cpu = "cpp, the fastest" if not cpp.problem else f"reference, slower, because {cpp.problem}"
+    if not torch.cuda.is_available():
+        gpu = "none: no GPU is visible to PyTorch"
+    else:
+        gpu = (
+            "triton, the fastest" if TRITON_INSTALLED else f"none: {_problem('triton')}; impl='reference' runs, slower"
+        )
+    return {"CPU tensors": cpu, "GPU tensors": gpu}
+
+
 def resolve_impl(impl: str | None, device: torch.device) -> str:
     """The implementation that runs on `device`: the named one or an error with the reason; None chooses.
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
 from pmpo_kernels.autograd import TrajectoryInputs, first_order
 from pmpo_kernels.checks import check_token_ids
 from pmpo_kernels.chunks import Work, count_tokens, default_chunk_tokens, find_work, first, pack
-from pmpo_kernels.config import LossConfig, TrajectoryOptions
+from pmpo_kernels.config import TrajectoryOptions
 from pmpo_kernels.ops import LIBRARY, stage
 from pmpo_kernels.projection import HeadOptions, Projection, row_bytes, zero_gradients
 from pmpo_kernels.reference import STATS, compute_dtype
@@ -264,8 +264,9 @@ def scales_nothing(grad_loss: Tensor) -> bool:
 
 
 class LinearLossFunction(torch.autograd.Function):
-    """(hidden, weight, bias, token_ids, inputs, denominator, config, head, sharing) -> (loss, stats, denominator, logp, entropy);
-    the loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass scales."""
+    """(hidden, weight, bias, token_ids, inputs, denominator, aggregation, head, sharing) -> (loss, stats, denominator, logp,
+    entropy); the loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass
+    scales."""
 
     @staticmethod
     def forward(
@@ -276,13 +277,13 @@ class LinearLossFunction(torch.autograd.Function):
         token_ids: Tensor,
         inputs: TrajectoryInputs,
         denominator: Tensor | None,
-        config: LossConfig,
+        aggregation: Aggregation,
         head: HeadOptions,
         sharing: Sharing,
     ) -> tuple[Tensor, ...]:
-        denominator = sharing.denominator(denominator, lambda: sharing.whole_lengths(count_tokens(inputs)), config)
+        denominator = sharing.denominator(denominator, lambda: sharing.whole_lengths(count_tokens(inputs)), aggregation)
         if denominator is None:
-            denominator = default_denominator(sharing.whole_lengths(count_tokens(inputs)).double(), config)
+            denominator = default_denominator(sharing.whole_lengths(count_tokens(inputs)).double(), aggregation)
         denominator = denominator.clone()
         arguments = (hidden, weight, bias, token_ids, *pack_arguments(inputs, denominator, head))
         if sharing is ALONE:
@@ -300,7 +301,7 @@ class LinearLossFunction(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(stats, denominator, logp, entropy)
         ctx.set_materialize_grads(False)
-        loss = total_loss(stats, config, denominator).to(logp.dtype)
+        loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
         # a finite loss is only given with finite gradients
         finite = [(largest / denominator).to(logp.dtype) < torch.inf]
         for g, dtype in zip(gradients, ctx.dtypes, strict=True):

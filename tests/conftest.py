@@ -19,6 +19,9 @@ CONFIGURATIONS = configurations()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-peers", action="store_true", help="fail, not skip, where TRL, verl or Liger is missing")
+    parser.addoption(
+        "--isolated", action="store_true", help="also build and install the package as pip does, with its requirements"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,7 +51,10 @@ def config(request: pytest.FixtureRequest) -> LossConfig:
     return CONFIGURATIONS[request.param]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "isolated" in item.keywords and not config.getoption("isolated"):
+            item.add_marker(pytest.mark.skip(reason="downloads, or takes minutes: make package"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -113,7 +113,15 @@ def agree(found: list[Tensor], want: list[Tensor]) -> None:
         assert (a - b).abs().max() <= 3e-13 * b.abs().max().clamp(min=1e-2)
 
 
-@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+# docs/pytorch.md says so: PyTorch 2.10 compiles the fused head for each value of a denominator that is a number
+once_a_number = pytest.mark.xfail(torch.__version__.startswith("2.10."), reason="PyTorch 2.10 compiles again")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [pytest.param(f, marks=once_a_number) if f is fused else f for f in FORWARDS],
+    ids=lambda f: f.__name__,
+)
 @pytest.mark.usefixtures("fresh")
 def test_a_training_step_is_compiled_once(forward: Forward) -> None:
     """Other lengths, batch sizes, masks, advantages and numbers, and an equal configuration: nothing is compiled again."""

@@ -1,4 +1,4 @@
-"""`pmpo-kernels info`: versions, devices, and which implementations run here."""
+"""`pmpo-kernels info`: versions, devices, which implementations run here, and which one is chosen."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pmpo_kernels.benchmarking.machine import devices, versions
-from pmpo_kernels.impls import USABLE, available_impls
+from pmpo_kernels.impls import USABLE, available_impls, default_impls
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Show versions, devices, and each implementation with the reason where it cannot run."""
-    sections = {"versions": versions(), "devices": devices(), "implementations": available_impls()}
+    """Show versions, devices, each implementation with the reason where it cannot run, and which one impl=None chooses."""
+    sections = {
+        "versions": versions(),
+        "devices": devices(),
+        "implementations": available_impls(),
+        "impl=None chooses": default_impls(),
+    }
     if as_json:
         typer.echo(json.dumps(sections, indent=2, ensure_ascii=False))
         return
@@ -26,6 +31,6 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON ins
         table.add_section()
         table.add_row(f"[underline]{title}[/underline]", "")
         for name, value in rows.items():
-            missing = title == "implementations" and not value.startswith(USABLE)
+            missing = not value.startswith(USABLE) if title == "implementations" else "slower" in value
             table.add_row(name, value, style="yellow" if missing else None)
     Console().print(table)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmpo_kernels import checks
+from pmpo_kernels.aggregate import Aggregation
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, mark, size
 
@@ -60,7 +61,7 @@ def data_size(ranks: Ranks) -> int:
     return n
 
 
-def reduced(tokens: Tensor, config: LossConfig, ranks: Ranks) -> Tensor:
+def reduced(tokens: Tensor, config: LossConfig | Aggregation, ranks: Ranks) -> Tensor:
     """`aggregate.default_denominator` of the trajectories of all ranks that share the batch, from this one's tokens (B,)."""
     count = (tokens.double() if config.loss_agg_mode == "token-mean" else (tokens > 0).double()).sum()
     for group in ranks.data:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from pmpo_kernels.aggregate import Aggregation
 from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.checks import check_choice, check_token_ids, checks_values
 from pmpo_kernels.config import LossConfig
@@ -144,7 +145,9 @@ class Shared(Sharing):
             return tokens
         return all_reduce(tokens.clone(), self.ranks.sequence, "the sum of the trajectories' lengths")
 
-    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], config: LossConfig) -> Tensor | None:
+    def denominator(
+        self, given: Tensor | None, tokens: Callable[[], Tensor], config: LossConfig | Aggregation
+    ) -> Tensor | None:
         if given is not None or not self.ranks.data:
             return given
         return reduced(tokens(), config, self.ranks)
