@@ -136,7 +136,7 @@ def pmpo_loss(
             trajectories that are too far off-policy, out of the policy term. They still count in the averages, with a term of
             0, and keep their KL and entropy terms: of k of n tokens the surrogate is A (k/n) M_p, with M_p, p and ESS of the k
             (ESS 0 for k = 0). Metrics of the ratios, and clipped fractions, stay those of all n.
-        power: p of each trajectory, (B,) or one number; replaces config.power.
+        power: p of each trajectory, (B,) or one number, at most 1e30 in size; replaces config.power.
         target_ess: (B,) effective sample size in tokens to solve p for; needs config.power "ess". A target out of
             reach gives the nearest end of [power_min, power_max].
         config: `LossConfig`, default `LossConfig.pmpo()`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from bad_calls import (
@@ -17,7 +16,6 @@ from bad_calls import (
     choice_rows,
     count_rows,
     flag_rows,
-    number_rows,
     positive_rows,
     tensor_rows,
 )
@@ -31,7 +29,6 @@ PACKED_COMMON = {"old_logp": PACKED, "advantages": torch.ones(B), "cu_seqlens": 
 IDS, PACKED_IDS = torch.zeros(B, T, dtype=torch.long), torch.zeros(4, dtype=torch.long)
 LOGITS = {"logits": torch.zeros(B, T, V), "token_ids": IDS}
 HEAD = {"hidden": torch.zeros(B, T, H), "weight": torch.zeros(V, H), "token_ids": IDS}
-FREE = ("config",)  # of which only the type can be wrong here: its options are those of LossConfig
 
 CALLS = {
     "token_logp": Call(token_logp, LOGITS),
@@ -114,7 +111,7 @@ def common_rows(call: str, tokens: str) -> Iterator[Row]:
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, f"cu_seqlens: expected None because {tokens} is padded, of shape ({B}, {T}), got a value"),
         ({"cu_seqlens": [0, 3]}, ValueError, f"cu_seqlens: expected None because {tokens} is padded, of shape ({B}, {T}), got a value"),
         ({"power": 1e31}, ValueError, "power: expected a number from -1e30 to 1e30, got 1e+31"),
-        ({"power": -(10**40)}, ValueError, "power: expected a number from -1e30 to 1e30, got -1…0"),
+        ({"power": -(10**40)}, ValueError, "power: expected a number from -1e30 to 1e30, got an int of 133 bits"),
         ({"power": torch.tensor([1.0, math.nan])}, ValueError, "power: expected numbers from -1e30 to 1e30, got nan"),
         ({"power": torch.tensor([1.0, -1e200]).double()}, ValueError, "power: expected numbers from -1e30 to 1e30, got -inf"),
         ({"power": torch.tensor([1.0, -1e200], dtype=torch.float64)}, ValueError, "power: expected numbers from -1e30 to 1e30, got -1e+200"),
@@ -149,7 +146,9 @@ def vocabulary_rows(call: str, first: str) -> Iterator[Row]:
 
 
 def logits_rows(call: str) -> Iterator[Row]:
-    yield from tensor_rows(call, "logits", torch.zeros(B, T, V), required=True, constant=False, leading=True, shapes=False)
+    yield from tensor_rows(
+        call, "logits", torch.zeros(B, T, V), required=True, constant=False, leading=True, shapes=False
+    )
     for shape in ((V,), (), (1, B, T, V)):
         message = f"logits: expected shape (B, T, V), (B, T + 1, V) or (N, V), got {shape}"
         yield Row(call, {"logits": torch.zeros(shape)}, ValueError, message)
@@ -212,11 +211,12 @@ def token_logp_rows() -> Iterator[Row]:
     call = "token_logp"
     yield from tensor_rows(call, "mask", torch.ones(B, T, dtype=torch.bool), MASKS)
     yield from positive_rows(call, "temperature")
-    yield from number_rows(call, "temperature", "a number from 1e-30 to 1e30", (1e-31, 1e31), skip=NO_NUMBERS)
+    for value in (1e-31, 1e31, 5e-324, 1e308, 10**31):
+        message = f"temperature: expected a number from 1e-30 to 1e30, got {value}"
+        yield Row(call, {"temperature": value}, ValueError, message)
     yield from choice_rows(call, "impl", IMPLS, "None or one of {}")
 
 
-NO_NUMBERS: Any = {type(value) for value, _ in NOT_NUMBERS}
 ROWS = [
     *token_logp_rows(),
     *logits_rows("token_logp"),
