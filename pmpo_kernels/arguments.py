@@ -9,7 +9,7 @@ from pmpo_kernels import checks
 from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.config import POWER_LIMIT, LossConfig
 from pmpo_kernels.impls import resolve_impl
-from pmpo_kernels.scalars import expect, finite_number
+from pmpo_kernels.scalars import expect, is_number, shown
 
 
 def check_config(config: LossConfig | None) -> LossConfig:
@@ -82,7 +82,9 @@ def trajectory_inputs(
     if config.beta and ref_logp is None:
         raise ValueError(f"ref_logp: expected a tensor because config.beta is {config.beta}, got None")
     if isinstance(power, (int, float)):
-        number = finite_number("power", power, f"a finite number or a tensor of shape ({B},)")
+        if not is_number(power):  # the message is written here: that of a symbolic B would fix its value
+            raise ValueError(f"power: expected a finite number or a tensor of shape ({B},), got {shown(power)}")
+        number = float(power)
         expect("power", abs(number) <= POWER_LIMIT, "a number from -1e30 to 1e30", power)
         # a sum, not torch.full, which torch.compile would compile anew for each number
         power = torch.zeros(B, dtype=torch.float64, device=device) + number
