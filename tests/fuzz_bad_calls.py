@@ -147,6 +147,20 @@ def describe(x: Any) -> str:
     return f"{x.dtype} {x.layout} {x.device} {shown(x)}" if isinstance(x, Tensor) and not x.is_nested else shown(x)
 
 
+def worker_command(seed: int, first: int, calls: int, impls: Sequence[str], progress: Path) -> list[str]:
+    numbers = [
+        word for name, x in (("seed", seed), ("first", first), ("calls", calls)) for word in (f"--{name}", str(x))
+    ]
+    return [
+        sys.executable,
+        __file__,
+        *numbers,
+        *(word for i in impls for word in ("--impl", i)),
+        "--worker",
+        str(progress),
+    ]
+
+
 def supervise(command: Sequence[str], progress: Path, hang_s: float) -> str | None:
     """Run a program that writes the number of its call to a file; how it died or hung, and in which call."""
     with subprocess.Popen(command) as process:
@@ -178,9 +192,7 @@ def main(
         raise typer.Exit(not work(seed, first, calls, impl, Path(worker)))
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder) / "call"
-        command = [sys.executable, __file__, "--seed", str(seed), "--calls", str(calls), "--first", str(first)]
-        command += [word for name in impl for word in ("--impl", name)] + ["--worker", str(progress)]
-        found = supervise(command, progress, hang)
+        found = supervise(worker_command(seed, first, calls, impl, progress), progress, hang)
     if found:
         print(
             f"seed {seed}: {found}; alone: --seed {seed} --first <call> --calls 1 {' '.join('--impl ' + i for i in impl)}"

@@ -10,14 +10,15 @@ from typing import Any
 import bad_calls_config
 import bad_calls_host
 import bad_calls_loss
+import bad_calls_operators
 import pytest
 from bad_calls import Finished, Row, problem
 
 import pmpo_kernels
 from pmpo_kernels import LossConfig, distributed, pmpo_loss, schedules
 
-CALLS = {**bad_calls_loss.CALLS, **bad_calls_config.CALLS, **bad_calls_host.CALLS}
-ROWS = [*bad_calls_loss.ROWS, *bad_calls_config.ROWS, *bad_calls_host.ROWS]
+CALLS = {**bad_calls_loss.CALLS, **bad_calls_config.CALLS, **bad_calls_host.CALLS, **bad_calls_operators.CALLS}
+ROWS = [*bad_calls_loss.ROWS, *bad_calls_config.ROWS, *bad_calls_host.ROWS, *bad_calls_operators.ROWS]
 
 
 def about(row: Row) -> tuple[str, str]:
