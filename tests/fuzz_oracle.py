@@ -76,6 +76,10 @@ def tensor(x: Any, dtypes: set[torch.dtype], shape: Sequence[int] | None = None,
     return x.detach()
 
 
+def has_shape(x: Any, shape: Sequence[int]) -> bool:
+    return isinstance(x, Tensor) and not x.is_nested and list(x.shape) == list(shape)
+
+
 def owners(tokens: Tensor, cu_seqlens: Any) -> list[int]:
     """The trajectory of each token in flat order, and as the last element the number of trajectories."""
     if tokens.dim() == 2:
@@ -93,7 +97,7 @@ def flags_of(x: Any, shape: Sequence[int], owner: list[int] | None = None) -> li
     """A mask of the tokens, or of the trajectories of `owner`, for each token."""
     if x is None:
         return None
-    if owner is not None and isinstance(x, Tensor) and list(x.shape) == [owner[-1]] != list(shape):
+    if owner is not None and has_shape(x, [owner[-1]]) and not has_shape(x, shape):
         whole = (tensor(x, MASK, constant=True) != 0).tolist()
         return [whole[i] for i in owner[:-1]]
     return (tensor(x, MASK, shape, constant=True) != 0).flatten().tolist()
@@ -116,7 +120,7 @@ def common(k: dict[str, Any], tokens: Tensor, *, group: bool = True) -> LossConf
     mask, policy = flags_of(k["mask"], shape), flags_of(k["policy_mask"], shape, owner)
     weights = k["rollout_weights"]
     if weights is not None:
-        if isinstance(weights, Tensor) and not weights.is_nested and list(weights.shape) == [B] != list(shape):
+        if has_shape(weights, [B]) and not has_shape(weights, shape):
             each = tensor(weights, FLOAT, [B], constant=True).double().tolist()
             values = [each[i] for i in owner[:-1]]
         else:
