@@ -11,6 +11,8 @@ from pmpo_kernels.config import POWER_LIMIT, LossConfig
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.scalars import expect, is_number, shown
 
+DENOMINATOR = "a finite number > 0 whose inverse is finite"
+
 
 def check_config(config: LossConfig | None) -> LossConfig:
     if config is not None and not isinstance(config, LossConfig):
@@ -95,6 +97,7 @@ def trajectory_inputs(
         denominator = denominator.double()
     elif denominator is not None:
         number = checks.check_number("denominator", denominator)
+        expect("denominator", is_number(1 / number), DENOMINATOR, denominator)
         denominator = torch.zeros((), dtype=torch.float64, device=device) + number
     checked = {
         "mask": as_bool(per_token("mask", mask, checks.MASKS)),
@@ -135,6 +138,7 @@ def _check_values(
     checks.check_all(
         "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
     )
-    checks.check_all("power", power, lambda p: p.abs() <= POWER_LIMIT, "numbers from -1e30 to 1e30")
+    # in float64, because float16 has no 1e30 but infinity
+    checks.check_all("power", power, lambda p: p.double().abs() <= POWER_LIMIT, "numbers from -1e30 to 1e30")
     checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
-    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite(), "a finite number > 0")
+    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite() & (1 / d).isfinite(), DENOMINATOR)

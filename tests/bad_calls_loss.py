@@ -124,9 +124,12 @@ def common_rows(call: str, tokens: str) -> Iterator[Row]:
         ({"config": LossConfig.pmpo(clip="none")}, ValueError, 'config.power: "ess" needs clip="token" or an explicit target_ess, got clip="none"'),
         ({"config": LossConfig.grpo(beta=0.1)}, ValueError, "ref_logp: expected a tensor because config.beta is 0.1, got None"),
         ({"denominator": torch.ones(2)}, ValueError, "denominator: expected shape (), got (2,)"),
-        ({"denominator": torch.tensor(0.0)}, ValueError, "denominator: expected a finite number > 0, got 0.0"),
-        ({"denominator": torch.tensor(math.inf)}, ValueError, "denominator: expected a finite number > 0, got inf"),
-        ({"denominator": torch.tensor(-(2**63))}, ValueError, f"denominator: expected a finite number > 0, got {-2.0**63}"),
+        ({"denominator": torch.tensor(0.0)}, ValueError, "denominator: expected a finite number > 0 whose inverse is finite, got 0.0"),
+        ({"denominator": 5e-324}, ValueError, "denominator: expected a finite number > 0 whose inverse is finite, got 5e-324"),
+        ({"denominator": torch.tensor(1e-310, dtype=torch.float64)}, ValueError, "denominator: expected a finite number > 0 whose inverse is finite, got 1e-310"),
+        ({"power": torch.tensor([1.0, math.inf], dtype=torch.float16)}, ValueError, "power: expected numbers from -1e30 to 1e30, got inf"),
+        ({"denominator": torch.tensor(math.inf)}, ValueError, "denominator: expected a finite number > 0 whose inverse is finite, got inf"),
+        ({"denominator": torch.tensor(-(2**63))}, ValueError, f"denominator: expected a finite number > 0 whose inverse is finite, got {-2.0**63}"),
     ]:  # fmt: skip
         yield Row(call, change, error, message)
 

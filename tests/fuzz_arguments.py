@@ -233,7 +233,7 @@ def common(draw: Draw, at: Tokens, *, entropy: bool = True) -> dict[str, Any]:
     if draw.often(0.2):
         k["policy_mask"] = draw.mask(*r.choice([at.shape, [B]]))
     if draw.often(0.3):
-        k["denominator"] = r.choice([4, 0.5, 5e-324, 10**300, torch.tensor(3), torch.tensor(2.0)])
+        k["denominator"] = r.choice([4, 0.5, 1e-307, 10**300, torch.tensor(3), torch.tensor(2.0)])
     k["config"] = None if not options and draw.often() else LossConfig(**options)
     return k
 

@@ -7,6 +7,7 @@ All tensors of a call belong on the CPU.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from pmpo_kernels import LossConfig
 
 FLOAT = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 INT = {torch.int32, torch.int64}
+SMALLEST = math.nextafter(1 / sys.float_info.max, 1)  # of which the inverse is finite
 MASK = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
@@ -140,9 +142,9 @@ def common(k: dict[str, Any], tokens: Tensor, *, group: bool = True) -> LossConf
     need(not config.beta or k["ref_logp"] is not None, "ref_logp")
     D = k["denominator"]
     if isinstance(D, Tensor):
-        number(float(tensor(D, FLOAT | INT, [], constant=True).double()), 5e-324)
+        number(float(tensor(D, FLOAT | INT, [], constant=True).double()), SMALLEST)
     elif D is not None:
-        positive(D)
+        number(D, SMALLEST)
     return config
 
 

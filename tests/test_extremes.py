@@ -264,3 +264,25 @@ def test_the_widest_sequence_clip_clips_nothing(impl: str, device: str) -> None:
         assert torch.equal(found[0][0].loss, found[1][0].loss)
         assert torch.equal(found[0][1], found[1][1])
         assert found[1][0].metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"entropy_coef": -1e300}, torch.float32),  # the loss is 0 times that: one token has no entropy
+        ({"entropy_coef": 1e30, "temperature": 1e-30}, torch.float32),
+        ({"beta": 1e300, "kl_estimator": "k1", "temperature": 1e-30}, torch.float64),
+    ],
+)
+def test_a_gradient_that_overflows_is_not_hidden(
+    impl: str, device: str, options: dict[str, float], dtype: torch.dtype
+) -> None:
+    """It comes with no finite loss: neither that of the entropy term, nor that of logits divided by a small temperature."""
+    temperature = options.get("temperature", 0.0)
+    row = [0.0, temperature] if temperature else [0.0]  # 1 apart at that temperature
+    z = torch.tensor([[row]], dtype=dtype, device=device, requires_grad=True)
+    none = torch.zeros(1, 1, device=device)
+    out = pmpo_loss(z, none.long(), none, none[0] + 1, ref_logp=none, config=LossConfig.grpo(**options), impl=impl)
+    (grad,) = torch.autograd.grad(out.loss, z)
+    assert not bool(grad.isfinite().all())
+    assert not bool(out.loss.isfinite())
