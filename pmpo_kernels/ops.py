@@ -33,18 +33,8 @@ SCHEMAS = {
     " -> (Tensor power, Tensor iterations, Tensor residual)",
 }
 NAMES = {name: re.findall(r"(\w+)[,)]", schema.partition(" -> ")[0]) for name, schema in SCHEMAS.items()}
-OF_TOKENS = {
-    "mask",
-    "old_logp",
-    "ref_logp",
-    "rollout_weights",
-    "policy_mask",
-    "entropy",
-    "row_max",
-    "row_sum",
-    "dlogp",
-    "dentropy",
-}
+OF_TOKENS = {"mask", "old_logp", "ref_logp", "rollout_weights", "policy_mask", "entropy"}
+OF_TOKENS |= {"row_max", "row_sum", "dlogp", "dentropy"}
 OF_TRAJECTORIES = {"advantages", "power", "target_ess"}
 STAGES = ("token_logp", "trajectory", "dlogits", "dlogits_")
 
