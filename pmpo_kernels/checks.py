@@ -107,7 +107,7 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
 def check_inplace(logits: Tensor, inplace: object) -> None:
     """A bool, of which True needs rows that do not overlap in memory (nor within themselves)."""
     check_flag("inplace", inplace)
-    if not inplace:
+    if not inplace or not logits.numel():
         return
     dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     overlapping = False

@@ -98,8 +98,8 @@ def problem(name: str, given: dict[str, Any], verdict: str) -> str | None:
 
 
 def backward_problem(result: Any, leaves: dict[str, Tensor]) -> str | None:
-    """A backward pass works, and gives finite gradients of a finite loss; a loss in float32 of float16 logits may be steeper than
-    float16 can tell."""
+    """A backward pass works, and gives finite gradients of a finite loss. Those of logits and log-probs of a dtype with a smaller
+    range than the loss has may overflow where they are rounded to it; the fused head looks after its own."""
     loss = getattr(result, "loss", None)
     if loss is None:
         outputs = [
@@ -112,8 +112,10 @@ def backward_problem(result: Any, leaves: dict[str, Tensor]) -> str | None:
         return None
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     for name, gradient in zip(leaves, gradients, strict=True):
-        beyond = name in ("logits", "logp", "entropy") and gradient is not None and gradient.dtype == torch.float16
-        if bool(loss.isfinite()) and gradient is not None and not beyond and not bool(gradient.isfinite().all()):
+        if gradient is None or not bool(loss.isfinite()):
+            continue
+        beyond = torch.finfo(gradient.dtype).max < torch.finfo(loss.dtype).max and name in ("logits", "logp", "entropy")
+        if not beyond and not bool(gradient.isfinite().all()):
             return f"a finite loss {float(loss)} with the gradient {gradient} of {name}"
     return None
 

@@ -12,7 +12,9 @@ import bad_calls_host
 import bad_calls_loss
 import bad_calls_operators
 import pytest
+import torch
 from bad_calls import Finished, Row, problem
+from torch import Tensor
 
 import pmpo_kernels
 from pmpo_kernels import LossConfig, distributed, pmpo_loss, schedules
@@ -43,6 +45,19 @@ def test_bad_calls(call: str, argument: str) -> None:
             wrong = problem(CALLS, row, **options)
             found += [f"{options} {row.change}:\n{wrong}"] if wrong else []
     assert not found, "\n".join(found)
+
+
+def test_what_is_no_tensor_is_checked_where_values_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: numbers, words and flags of the losses are refused all the same."""
+    monkeypatch.setattr("pmpo_kernels.checks.checks_values", lambda tensor: False)
+    rows = [
+        row
+        for row in ROWS
+        if row.call in bad_calls_loss.CALLS and not any(isinstance(x, Tensor) for x in row.change.values())
+    ]
+    assert len(rows) > 500
+    found = [problem(CALLS, row, impl="reference") for row in rows]
+    assert [wrong for wrong in found if wrong] == []
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -83,3 +98,11 @@ def test_every_parameter_has_a_bad_call() -> None:
         rows = [row for row in ROWS if CALLS[row.call].function == function]
         refused = {name for row in rows for name in row.change if row.message.partition(":")[0].endswith(name)}
         assert set(parameters(function)) - refused == set(), f"no bad call of {function.__qualname__}"
+
+
+def test_logits_without_rows_do_not_overlap() -> None:
+    """Whatever strides they have."""
+    empty = torch.zeros(1, 0, 5).expand(2, 0, 5)
+    assert empty.stride()[0] == 0
+    ids, none = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0)
+    assert pmpo_loss(empty, ids, none, torch.ones(2), inplace=True).loss == 0

@@ -21,12 +21,12 @@ SOLVE = {"log_weights": LOGP, "target_ess": torch.ones(2), "impl": "reference"}
 def test_random_calls(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Good and bad ones of every function, by all implementations in turn."""
     progress = tmp_path / "call"
-    found = supervise(worker_command(20, 0, 500, ["reference", "cpp", "triton"], progress), progress, hang_s=120)
+    found = supervise(worker_command(20, 0, 700, ["reference", "cpp", "triton"], progress), progress, hang_s=120)
     told = capfd.readouterr().out
     assert found is None, f"{found}\n{told}"
     counts = json.loads(told.splitlines()[-1])
     assert counts["failed"] == 0
-    assert counts["good"] + counts["bad"] + counts.get("either", 0) == 500
+    assert counts["good"] + counts["bad"] + counts.get("either", 0) == 700
     assert all(counts.get(f"{name} {verdict}", 0) for name in GOOD for verdict in ("good", "bad"))
 
 
