@@ -17,6 +17,7 @@ from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.linear import LinearLossFunction
 from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.reference import STATS, compute_dtype
+from pmpo_kernels.scalars import expect, is_one_of
 from pmpo_kernels.sharing import ALONE, Sharing, Split
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def pmpo_loss(
             trajectories that are too far off-policy, out of the policy term. They still count in the averages, with a term of
             0, and keep their KL and entropy terms: of k of n tokens the surrogate is A (k/n) M_p, with M_p, p and ESS of the k
             (ESS 0 for k = 0). Metrics of the ratios, and clipped fractions, stay those of all n.
-        power: p of each trajectory, (B,) or one number; replaces config.power.
+        power: p of each trajectory, (B,) or one number, at most 1e30 in size; replaces config.power.
         target_ess: (B,) effective sample size in tokens to solve p for; needs config.power "ess". A target out of
             reach gives the nearest end of [power_min, power_max].
         config: `LossConfig`, default `LossConfig.pmpo()`.
@@ -219,9 +220,7 @@ def pmpo_loss_from_logp(
         config = check_config(config)
         if config.temperature != 1.0:
             raise ValueError(f"config.temperature: expected 1 for a loss from log-probs, got {config.temperature}")
-        if not isinstance(logp, Tensor):
-            raise TypeError(f"logp: expected a tensor, got {type(logp).__name__}")
-        if logp.dim() not in (1, 2):
+        if checks.check_dense("logp", logp).dim() not in (1, 2):
             raise ValueError(f"logp: expected shape (B, T) or (N,), got {tuple(logp.shape)}")
         checks.check_tensor("logp", logp, dtypes=checks.FLOATS, device=logp.device, shape=logp.shape)
         if entropy is not None:
@@ -317,8 +316,7 @@ def linear_pmpo_loss(
     with sharing.agreement():
         config = check_config(config)
         dtype = checks.check_head(hidden, weight, bias, token_ids)
-        if not isinstance(skip_zero_advantage, bool):
-            raise TypeError(f"skip_zero_advantage: expected a bool, got {type(skip_zero_advantage).__name__}")
+        checks.check_flag("skip_zero_advantage", skip_zero_advantage)
         if max_chunk_tokens is not None:
             checks.check_count("max_chunk_tokens", max_chunk_tokens)
         if logit_softcap is not None:
@@ -406,8 +404,8 @@ def _find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[A
     logits, _ = tensors.get("logits", (None, 0))
     sharded = hasattr(logits, "device_mesh")  # a weight may be FSDP's: it needs a group
     if group is None and mesh is None and not sharded:
-        if sequence_split != "contiguous":
-            raise ValueError(f"sequence_split: expected 'contiguous' without a mesh, got {sequence_split!r}")
+        alone = is_one_of(sequence_split, ("contiguous",))
+        expect("sequence_split", alone, "'contiguous' without a mesh", sequence_split)
         return ALONE, [x for x, _ in tensors.values()]
     from pmpo_kernels.distributed.shared import Shared  # torch.distributed is not part of every PyTorch
 

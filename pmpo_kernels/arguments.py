@@ -7,8 +7,11 @@ from torch import Tensor
 
 from pmpo_kernels import checks
 from pmpo_kernels.autograd import TrajectoryInputs
-from pmpo_kernels.config import LossConfig
+from pmpo_kernels.config import POWER_LIMIT, LossConfig
 from pmpo_kernels.impls import resolve_impl
+from pmpo_kernels.scalars import expect, is_number, shown
+
+DENOMINATOR = "a finite number > 0 whose inverse is finite"
 
 
 def check_config(config: LossConfig | None) -> LossConfig:
@@ -50,8 +53,9 @@ def trajectory_inputs(
 
     def per_either(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
         """One value a token, or one a trajectory for all of its tokens; what has the tokens' shape is the former."""
-        if not isinstance(value, Tensor) or value.shape == shape:
+        if value is None or checks.check_dense(name, value).shape == shape:
             return per_token(name, value, dtypes)
+        assert isinstance(value, Tensor)
         if tuple(value.shape) != (B,):
             expected = f"expected shape {tuple(shape)}, or ({B},) for all tokens of a trajectory"
             raise ValueError(f"{name}: {expected}, got {tuple(value.shape)}")
@@ -63,7 +67,7 @@ def trajectory_inputs(
     def per_trajectory(name: str, value: object) -> Tensor | None:
         return checks.check_constant(name, value, dtypes=checks.FLOATS, device=device, shape=(B,))
 
-    if isinstance(advantages, Tensor) and advantages.dim() == 2:
+    if advantages is not None and checks.check_dense("advantages", advantages).dim() == 2:
         raise ValueError(
             f"advantages: expected shape ({B},), one number a trajectory, got {tuple(advantages.shape)}; "
             "if they are constant along each trajectory, pass one column"
@@ -80,10 +84,12 @@ def trajectory_inputs(
     if config.beta and ref_logp is None:
         raise ValueError(f"ref_logp: expected a tensor because config.beta is {config.beta}, got None")
     if isinstance(power, (int, float)):
-        if isinstance(power, bool) or not -float("inf") < power < float("inf"):
-            raise ValueError(f"power: expected a finite number or a tensor of shape ({B},), got {power!r}")
+        if not is_number(power):  # the message is written here: that of a symbolic B would fix its value
+            raise ValueError(f"power: expected a finite number or a tensor of shape ({B},), got {shown(power)}")
+        number = float(power)
+        expect("power", abs(number) <= POWER_LIMIT, "a number from -1e30 to 1e30", power)
         # a sum, not torch.full, which torch.compile would compile anew for each number
-        power = torch.zeros(B, dtype=torch.float64, device=device) + power
+        power = torch.zeros(B, dtype=torch.float64, device=device) + number
     if isinstance(denominator, Tensor):
         checks.check_constant(
             "denominator", denominator, dtypes=(*checks.FLOATS, *checks.INTEGERS), device=device, shape=()
@@ -91,6 +97,7 @@ def trajectory_inputs(
         denominator = denominator.double()
     elif denominator is not None:
         number = checks.check_number("denominator", denominator)
+        expect("denominator", is_number(1 / number), DENOMINATOR, denominator)
         denominator = torch.zeros((), dtype=torch.float64, device=device) + number
     checked = {
         "mask": as_bool(per_token("mask", mask, checks.MASKS)),
@@ -131,6 +138,7 @@ def _check_values(
     checks.check_all(
         "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
     )
-    checks.check_all("power", power, Tensor.isfinite, "finite numbers")
+    # in float64, because float16 has no 1e30 but infinity
+    checks.check_all("power", power, lambda p: p.double().abs() <= POWER_LIMIT, "numbers from -1e30 to 1e30")
     checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
-    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite(), "a finite number > 0")
+    checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite() & (1 / d).isfinite(), DENOMINATOR)

@@ -146,7 +146,11 @@ class TrajectoryFunction(torch.autograd.Function):
         loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
         # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
         if dlogp.numel():
-            largest = (torch.linalg.vector_norm(dlogp, torch.inf) / denominator).to(logp.dtype)
+            largest = torch.linalg.vector_norm(dlogp, torch.inf)
+            if dentropy.numel():
+                largest = torch.maximum(largest, torch.linalg.vector_norm(dentropy, torch.inf))
+            # that of the logits is larger by 1/temperature
+            largest = (largest / denominator / min(config.temperature, 1.0)).to(logp.dtype)
             loss = torch.where(largest < torch.inf, loss, loss + torch.inf)
         return loss, stats, denominator
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.config import TEMPERATURE_RANGE, representable
+from pmpo_kernels.scalars import expect, is_count, is_number, is_one_of
 
 # asked once: torch.compile of PyTorch 2.10 cannot trace the question
 AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)}
@@ -19,20 +20,31 @@ INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_tensor(
-    name: str, value: object, *, dtypes: Sequence[torch.dtype], device: torch.device, shape: Sequence[int]
-) -> Tensor:
-    """`value`, if it is a tensor of one of `dtypes` with this shape on this device; otherwise TypeError or ValueError."""
+def check_dense(name: str, value: object) -> Tensor:
+    """`value`, if it is a tensor with sizes and strides; otherwise TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if hasattr(value, "device_mesh"):
         how = "with FSDP2 call the loss in the forward pass of the module whose fully_shard group holds it: docs/pytorch.md"
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; {how}")
+    if value.is_nested or value.layout != torch.strided:
+        got = "a nested one" if value.is_nested else f"layout {str(value.layout).removeprefix('torch.')}"
+        raise TypeError(f"{name}: expected a dense tensor, got {got}")
+    return value
+
+
+def check_tensor(
+    name: str, value: object, *, dtypes: Sequence[torch.dtype], device: torch.device, shape: Sequence[int]
+) -> Tensor:
+    """`value`, if it is a dense tensor of one of `dtypes` with this shape on this device; otherwise TypeError or ValueError."""
+    value = check_dense(name, value)
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    if device.type == "meta":
+        raise ValueError(f"{name}: expected a tensor with values, got one on meta")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     return value
@@ -54,10 +66,7 @@ def check_constant(
 
 def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
     """Shapes (B, T, V) or (B, T + 1, V) with (B, T), or (N, V) with (N,); the vocabulary dimension has stride 1."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
-    if not isinstance(token_ids, Tensor):
-        raise TypeError(f"token_ids: expected a tensor, got {type(token_ids).__name__}")
+    logits, token_ids = check_dense("logits", logits), check_dense("token_ids", token_ids)
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits: expected shape (B, T, V), (B, T + 1, V) or (N, V), got {tuple(logits.shape)}")
     shape = list(logits.shape[:-1])
@@ -75,12 +84,8 @@ def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
 def check_head(hidden: object, weight: object, bias: object, token_ids: object) -> torch.dtype:
     """Shapes (B, T, H) or (B, T + 1, H) with (B, T), or (N, H) with (N,), weight (V, H), bias (V,). The dtype of the products:
     that of all three, or autocast's where it is on and none is float64."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("token_ids", token_ids)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    assert isinstance(hidden, Tensor)
-    assert isinstance(weight, Tensor)
-    assert isinstance(token_ids, Tensor)
+    hidden, weight = check_dense("hidden", hidden), check_dense("weight", weight)
+    token_ids = check_dense("token_ids", token_ids)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden: expected shape (B, T, H), (B, T + 1, H) or (N, H), got {tuple(hidden.shape)}")
     shape, device = list(hidden.shape[:-1]), hidden.device
@@ -103,9 +108,8 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
 
 def check_inplace(logits: Tensor, inplace: object) -> None:
     """A bool, of which True needs rows that do not overlap in memory (nor within themselves)."""
-    if not isinstance(inplace, bool):
-        raise TypeError(f"inplace: expected a bool, got {type(inplace).__name__}")
-    if not inplace:
+    check_flag("inplace", inplace)
+    if not inplace or not logits.numel():
         return
     dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     overlapping = False
@@ -116,38 +120,39 @@ def check_inplace(logits: Tensor, inplace: object) -> None:
         raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
 
 
-def check_number(name: str, value: object) -> float:
+def check_number(name: str, value: Any) -> float:
     """`value` as a float, if it is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    expect(name, is_number(value) and value > 0, "a finite number > 0", value)
     return float(value)
 
 
-def check_finite(name: str, value: object) -> float:
+def check_finite(name: str, value: Any) -> float:
     """`value` as a float, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    expect(name, is_number(value), "a finite number", value)
     return float(value)
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
     """`value` is one of `choices`, a tuple or a Literal."""
     choices = choices if isinstance(choices, tuple) else get_args(choices)
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+    expect(name, is_one_of(value, choices), f"one of {list(choices)}", value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """`value` is a bool; a number is none."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_count(name: str, value: object) -> None:
     """`value` is an int > 0, of 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
-        raise ValueError(f"{name}: expected an int > 0 and below 2^63, got {value!r}")
+    expect(name, is_count(value), "an int > 0 and below 2^63", value)
 
 
 def check_factor(name: str, value: object) -> float:
     """`value` as a float, if it is a number > 0, such as a temperature, that float32 can multiply and divide by."""
     factor = check_number(name, value)
-    if not representable(factor):
-        raise ValueError(f"{name}: expected {TEMPERATURE_RANGE}, got {value!r}")
+    expect(name, representable(factor), TEMPERATURE_RANGE, value)
     return factor
 
 
@@ -192,6 +197,8 @@ def check_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Tenso
         raise ValueError(
             f"cu_seqlens: expected None because {name} is padded, of shape {tuple(tokens.shape)}, got a value"
         )
+    if isinstance(cu_seqlens, Tensor):
+        check_dense("cu_seqlens", cu_seqlens)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         got = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected a tensor of shape (B + 1,), got {got}")

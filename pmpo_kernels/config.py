@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from pmpo_kernels.scalars import expect, finite_number, is_count, is_one_of
+
 ClipMode = Literal["token", "sequence", "none"]
 EssRule = Literal["relative", "absolute"]
 ClipSides = Literal["one", "two"]
@@ -44,6 +46,7 @@ class TrajectoryOptions(NamedTuple):
 
 
 TEMPERATURE_RANGE = "a number from 1e-30 to 1e30"
+POWER_LIMIT = 1e30  # beyond it p^2 and p log a overflow float64
 
 
 def representable(temperature: float) -> bool:
@@ -56,9 +59,9 @@ class LossConfig:
     """All options of the power-mean policy loss. `LossConfig()` is `LossConfig.pmpo()`.
 
     Args:
-        power: exponent p of the mean of a trajectory's importance ratios, any real number; or "ess" to solve p per
-            trajectory from its clipped fraction (PMPO, arXiv 2601.22521).
-        power_min, power_max: bracket of the solved p, 0 <= power_min <= power_max.
+        power: exponent p of the mean of a trajectory's importance ratios, any real number up to 1e30 in size; or "ess" to solve
+            p per trajectory from its clipped fraction (PMPO, arXiv 2601.22521).
+        power_min, power_max: bracket of the solved p, 0 <= power_min <= power_max <= 1e30, power_max > 0.
         ess_rule: "relative": ESS* = ESS(power_max) + s (n - ESS(power_max)); "absolute": ESS*/n = ess_floor +
             (1 - ess_floor) s, with s = min(1, clipped fraction / full_clip_fraction) ** ess_sharpness. The paper's
             abstract fixes that clipping sets a target ESS; the exact form of the rule is this package's choice.
@@ -74,7 +77,7 @@ class LossConfig:
         loss_agg_mode: weight of a trajectory; "seq-mean-token-mean": 1/D, D non-empty trajectories (GRPO);
             "token-mean": n/D, D tokens (DAPO); "seq-mean-token-sum-norm": n/(max_length D), D non-empty trajectories
             (Dr. GRPO).
-        max_length: tokens, required by (and only read by) "seq-mean-token-sum-norm".
+        max_length: tokens, an int below 2^63, required by (and only read by) "seq-mean-token-sum-norm".
         beta: weight of the KL penalty to the reference policy.
         kl_estimator: with r = ref_logp - logp: "k1" = -r, "k2" = r^2/2, "k3" = exp(r) - r - 1.
         kl_straight_through: the value of kl_estimator with the gradient of k2, which on samples of the policy is that of the KL in
@@ -110,8 +113,6 @@ class LossConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.power != "ess":
-            _number("power", self.power, 'a finite number or "ess"')
         for name, choices in (
             ("ess_rule", EssRule),
             ("clip", ClipMode),
@@ -119,51 +120,55 @@ class LossConfig:
             ("kl_estimator", KLEstimator),
             ("loss_agg_mode", LossAggMode),
         ):
-            _expect(
-                name, getattr(self, name) in get_args(choices), f"one of {list(get_args(choices))}", getattr(self, name)
-            )
+            value = getattr(self, name)
+            expect(name, is_one_of(value, choices), f"one of {list(get_args(choices))}", value)
+        if not is_one_of(self.power, ("ess",)):
+            power = self._number("power", 'a finite number or "ess"')
+            expect("power", abs(power) <= POWER_LIMIT, "a number from -1e30 to 1e30", self.power)
         for name in ("clip_low", "clip_high", "temperature", "ess_sharpness", "power_max"):
-            value = _number(name, getattr(self, name), "a finite number > 0")
-            _expect(name, value > 0, "a finite number > 0", value)
-        _expect("temperature", representable(self.temperature), TEMPERATURE_RANGE, self.temperature)
+            value = self._number(name, "a finite number > 0")
+            expect(name, value > 0, "a finite number > 0", value)
+        expect("temperature", representable(self.temperature), TEMPERATURE_RANGE, self.temperature)
         for name in ("full_clip_fraction", "ess_floor"):
-            value = _number(name, getattr(self, name), "a number in (0, 1]")
-            _expect(name, 0 < value <= 1, "a number in (0, 1]", value)
-        for name in ("beta", "entropy_coef"):
-            _number(name, getattr(self, name), "a finite number")
-        _number("power_min", self.power_min, "a finite number")
-        _expect("power_min", 0 <= self.power_min <= self.power_max, "0 <= power_min <= power_max", self.power_min)
+            value = self._number(name, "a number in (0, 1]")
+            expect(name, 0 < value <= 1, "a number in (0, 1]", value)
+        for name in ("beta", "entropy_coef", "power_min"):
+            self._number(name, "a finite number")
+        expect("power_max", self.power_max <= POWER_LIMIT, "a number in (0, 1e30]", self.power_max)
+        expect("power_min", 0 <= self.power_min <= self.power_max, "0 <= power_min <= power_max", self.power_min)
         if self.dual_clip is not None:
-            value = _number("dual_clip", self.dual_clip, "a ratio > 1")
-            _expect("dual_clip", value > 1, "a ratio > 1", value)
-            _expect("dual_clip", self.clip != "none", 'None when clip="none"', value)
-            _expect("dual_clip", self.clip_sides == "one", 'None with clip_sides="two", which bounds the ratio', value)
-        _expect(
-            "clip_sides", self.clip_sides == "one" or self.clip != "none", '"one" when clip="none"', self.clip_sides
-        )
+            value = self._number("dual_clip", "a ratio > 1")
+            expect("dual_clip", value > 1, "a ratio > 1", value)
+            expect("dual_clip", self.clip != "none", 'None when clip="none"', value)
+            expect("dual_clip", self.clip_sides == "one", 'None with clip_sides="two", which bounds the ratio', value)
+        expect("clip_sides", self.clip_sides == "one" or self.clip != "none", '"one" when clip="none"', self.clip_sides)
         for name in ("kl_straight_through", "kl_bias_correction"):
             value = getattr(self, name)
-            _expect(name, isinstance(value, bool), "a bool", value)
+            expect(name, isinstance(value, bool), "a bool", value)
         if self.kl_straight_through:
-            _expect("kl_straight_through", self.kl_estimator != "k2", 'False with kl_estimator="k2", which it is', True)
-            _expect("kl_bias_correction", not self.kl_bias_correction, "False with kl_straight_through", True)
+            expect("kl_straight_through", self.kl_estimator != "k2", 'False with kl_estimator="k2", which it is', True)
+            expect("kl_bias_correction", not self.kl_bias_correction, "False with kl_straight_through", True)
+        given = self.max_length
         if self.loss_agg_mode == "seq-mean-token-sum-norm":
-            ok = isinstance(self.max_length, int) and not isinstance(self.max_length, bool) and self.max_length > 0
-            _expect("max_length", ok, 'an int > 0 with loss_agg_mode="seq-mean-token-sum-norm"', self.max_length)
+            expected = 'an int > 0 and below 2^63 with loss_agg_mode="seq-mean-token-sum-norm"'
+            expect("max_length", is_count(given), expected, given)
         else:
-            _expect(
-                "max_length",
-                self.max_length is None,
-                f'None with loss_agg_mode="{self.loss_agg_mode}"',
-                self.max_length,
-            )
+            expect("max_length", given is None, f'None with loss_agg_mode="{self.loss_agg_mode}"', given)
+
+    def _number(self, name: str, expected: str) -> float:
+        """The option as a float, which it becomes: the operators take no integer beyond 64 bits."""
+        value = finite_number(name, getattr(self, name), expected)
+        object.__setattr__(self, name, value)
+        return value
 
     @staticmethod
     def ratio_clip(eps_low: float, eps_high: float) -> dict[str, float]:
         """`clip_low`, `clip_high` (log space) of a ratio clip to [1 - eps_low, 1 + eps_high], for `LossConfig(**...)`."""
-        _expect("eps_low", 0 < eps_low < 1, "a number in (0, 1)", eps_low)
-        _expect("eps_high", 0 < eps_high < math.inf, "a finite number > 0", eps_high)
-        return {"clip_low": -math.log1p(-eps_low), "clip_high": math.log1p(eps_high)}
+        low = finite_number("eps_low", eps_low, "a number in (0, 1)")
+        expect("eps_low", 0 < low < 1, "a number in (0, 1)", eps_low)
+        high = finite_number("eps_high", eps_high, "a finite number > 0")
+        expect("eps_high", high > 0, "a finite number > 0", eps_high)
+        return {"clip_low": -math.log1p(-low), "clip_high": math.log1p(high)}
 
     @classmethod
     def pmpo(cls, **options: Any) -> LossConfig:
@@ -255,15 +260,3 @@ class LossConfig:
             float(self.kl_bias_correction),
             self.entropy_coef,
         )
-
-
-def _expect(name: str, ok: bool, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _number(name: str, value: object, expected: str) -> float:
-    # compared, not math.isfinite: torch.compile of PyTorch 2.10 cannot trace that
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
-    _expect(name, ok, expected, value)
-    return float(value)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import os
 import torch
 
 from pmpo_kernels import cpp
+from pmpo_kernels.scalars import expect, is_one_of
 
 USABLE = "usable"
 INTERPRETER = "set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors under Triton's interpreter"
@@ -70,8 +71,7 @@ def resolve_impl(impl: str | None, device: torch.device) -> str:
     if impl is None:
         on_cpu = "reference" if cpp.problem else "cpp"
         impl = {"cuda": "triton", "cpu": on_cpu}.get(device.type, "reference")
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected None or one of {list(IMPLS)}, got {impl!r}")
+    expect("impl", is_one_of(impl, IMPLS), f"None or one of {list(IMPLS)}", impl)
     problem = _problem(impl)
     if problem:
         raise RuntimeError(f"impl={impl!r} cannot run on {device.type} tensors: {problem}")

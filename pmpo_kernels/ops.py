@@ -7,13 +7,14 @@ strides and options are run-time values. `dlogits_` is `dlogits` written over th
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pmpo_kernels.checks import check_cu_seqlens, check_token_ids
+from pmpo_kernels.checks import FLOATS, check_cu_seqlens, check_token_ids
 from pmpo_kernels.config import TrajectoryOptions
 from pmpo_kernels.reference import STATS, compute_dtype
 
@@ -31,6 +32,10 @@ SCHEMAS = {
     "solve_power": "(Tensor log_weights, Tensor? mask, Tensor cu_seqlens, Tensor target_ess, float power_max)"
     " -> (Tensor power, Tensor iterations, Tensor residual)",
 }
+NAMES = {name: re.findall(r"(\w+)[,)]", schema.partition(" -> ")[0]) for name, schema in SCHEMAS.items()}
+OF_TOKENS = {"mask", "old_logp", "ref_logp", "rollout_weights", "policy_mask", "entropy"}
+OF_TOKENS |= {"row_max", "row_sum", "dlogp", "dentropy"}
+OF_TRAJECTORIES = {"advantages", "power", "target_ess"}
 STAGES = ("token_logp", "trajectory", "dlogits", "dlogits_")
 
 
@@ -91,8 +96,36 @@ def stage(name: str, impl: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.pmpo_kernels, name), impl)  # type: ignore[no-any-return]
 
 
+def check_operands(name: str, args: tuple[Any, ...]) -> None:
+    """What an implementation in Python reads is there: sizes, device, dtype of masks. Public calls have checked more."""
+    given = dict(zip(NAMES[name], args, strict=True))
+    first = args[0]
+    if "logits" in given:
+        z, ids = first.shape, given["token_ids"].shape
+        if len(z) != 3 or len(ids) != 2 or ids[0] != z[0] or ids[1] > z[1] or z[2] == 0:
+            expected = "shape (B, S, V) with token_ids (B, T), T <= S, V > 0"
+            raise ValueError(f"logits: expected {expected}, got {tuple(z)} and {tuple(ids)}")
+        if first.dtype not in FLOATS:
+            raise ValueError(f"logits: expected a floating-point dtype, got {first.dtype}")
+        if first.stride(2) != 1 and z[2] > 1:
+            raise ValueError(f"logits: expected stride 1 in the vocabulary dimension, got strides {first.stride()}")
+    tokens = given["token_ids"].numel() if "logits" in given else first.numel()
+    trajectories = given["cu_seqlens"].numel() - 1 if "cu_seqlens" in given else 0
+    for argument, x in given.items():
+        if not isinstance(x, Tensor):
+            continue
+        wanted = tokens if argument in OF_TOKENS else trajectories if argument in OF_TRAJECTORIES else x.numel()
+        if x.numel() != wanted:
+            raise ValueError(f"{argument}: expected {wanted} elements, got {x.numel()}")
+        if argument.endswith("mask") and x.dtype != torch.bool:
+            raise ValueError(f"{argument}: expected dtype bool, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{argument}: expected a tensor on {first.device}, got one on {x.device}")
+
+
 def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
-    """Check the values that only real tensors have, then call the implementation (imported on first use)."""
+    """Check what only real tensors have, then call the implementation (imported on first use)."""
+    check_operands(name, args)
     if name == "token_logp":
         check_token_ids(args[1], args[2], args[0].shape[-1])
     if name == "trajectory":

@@ -211,9 +211,7 @@ def rollout_weights(
 
 def _check_rewards(rewards: Tensor) -> Tensor:
     """A constant of shape (B,)."""
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards: expected a tensor, got {type(rewards).__name__}")
-    if rewards.dim() != 1:
+    if checks.check_dense("rewards", rewards).dim() != 1:
         raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
     checks.check_constant("rewards", rewards, dtypes=checks.FLOATS, device=rewards.device, shape=rewards.shape)
     return rewards
@@ -225,10 +223,11 @@ def _reward_statistics(rewards: Tensor) -> tuple[float, float]:
     if r.numel() == 0:
         raise ValueError(f"rewards: expected at least one, got shape {tuple(rewards.shape)}")
     checks.check_all("rewards", r, Tensor.isfinite, "finite numbers")
-    mean = float(r.mean())
+    unit = r.abs().max().clamp(min=1)  # sums and squares of large numbers would overflow
+    mean = float((r / unit).mean() * unit)
     if mean < 0:
         raise ValueError(f"rewards: expected a mean >= 0, got {mean}")
-    return mean, float(r.std(correction=0))
+    return mean, float((r / unit).std(correction=0) * unit)
 
 
 def _by_group(groups: Tensor | int, rewards: Tensor) -> tuple[Tensor, Segments]:
@@ -251,9 +250,7 @@ def _log_ratio(
     logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Segments]:
     """d (N,) float64, 0 where masked; the mask (N,) bool; the trajectories."""
-    if not isinstance(logp, Tensor):
-        raise TypeError(f"logp: expected a tensor, got {type(logp).__name__}")
-    if logp.dim() not in (1, 2):
+    if checks.check_dense("logp", logp).dim() not in (1, 2):
         raise ValueError(f"logp: expected shape (B, T) or (N,), got {tuple(logp.shape)}")
     device, shape = logp.device, logp.shape
     checks.check_tensor("logp", logp, dtypes=checks.FLOATS, device=device, shape=shape)

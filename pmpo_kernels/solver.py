@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
+from pmpo_kernels.config import POWER_LIMIT
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.ops import stage
+from pmpo_kernels.scalars import expect
 
 
 class PowerResults(NamedTuple):
@@ -61,7 +63,7 @@ def solve_power(
         target_ess: (B,) float, in tokens. At or above n gives p = 0, at or below ESS(power_max) gives power_max, and so
             do weights that are all equal.
         mask, cu_seqlens: as in `pmpo_loss`.
-        power_max: upper end of the bracket, > 0.
+        power_max: upper end of the bracket, in (0, 1e30].
         impl: "cpp", "reference", or None for the faster one that is there.
         full_output: also return `PowerResults`.
 
@@ -72,11 +74,13 @@ def solve_power(
         TypeError, ValueError: a wrong argument; NaN or +inf in an unmasked log weight; a NaN or negative target_ess.
         RuntimeError: the named `impl` cannot run here, with the reason; "triton" has no solver on the host.
     """
-    if not isinstance(log_weights, Tensor):
-        raise TypeError(f"log_weights: expected a tensor, got {type(log_weights).__name__}")
+    if checks.check_dense("log_weights", log_weights).dim() not in (1, 2):
+        raise ValueError(f"log_weights: expected shape (B, T) or (N,), got {tuple(log_weights.shape)}")
+    checks.check_flag("full_output", full_output)
     device, shape = log_weights.device, log_weights.shape
     checks.check_tensor("log_weights", log_weights, dtypes=checks.FLOATS, device=device, shape=shape)
     power_max = checks.check_number("power_max", power_max)
+    expect("power_max", power_max <= POWER_LIMIT, "a number in (0, 1e30]", power_max)
     mask = checks.check_constant("mask", mask, dtypes=checks.MASKS, device=device, shape=shape)
     offsets = checks.check_offsets("log_weights", log_weights, cu_seqlens).cpu()
     B = offsets.numel() - 1

@@ -222,3 +222,67 @@ def test_metrics_of_nothing_are_positive_zeros(impl: str, device: str) -> None:
     none = torch.zeros(2, 3, device=device)
     out = pmpo_loss_from_logp(none, none, torch.ones(2, device=device), mask=none.bool(), impl=impl)
     assert all(value == 0 and not value.signbit() for value in out.metrics.values())
+
+
+def test_one_token_with_any_stride(impl: str, device: str) -> None:
+    """Of a tensor with one element PyTorch takes every stride for contiguous."""
+
+    def one(x: float) -> torch.Tensor:
+        return torch.tensor([x, 7.0], device=device)[::2].view(1, 1)
+
+    ids, z = one(3).long(), torch.arange(5.0, device=device).view(1, 1, 5)
+    ids = torch.stack([ids, ids], -1)[..., 0]
+    assert ids.stride() == (2, 2)
+    assert ids.is_contiguous()
+    out = pmpo_loss(z, ids, one(-1.5), one(1.0)[0], impl=impl)
+    same = pmpo_loss(
+        z,
+        torch.tensor([[3]], device=device),
+        torch.tensor([[-1.5]], device=device),
+        torch.ones(1, device=device),
+        impl=impl,
+    )
+    assert torch.equal(out.loss, same.loss)
+    packed = torch.tensor([0, 9, 1, 9], device=device)[::2]
+    from_packed = pmpo_loss(z[0], ids[0], one(-1.5)[0], one(1.0)[0], cu_seqlens=packed, impl=impl)
+    assert torch.equal(from_packed.loss, same.loss)
+
+
+def test_the_widest_sequence_clip_clips_nothing(impl: str, device: str) -> None:
+    """Bounds are finite, however large; the loss is then that of clip="none", also where only A < 0 has no upper bound."""
+    old = torch.tensor([[-1.0, -300.0, -2.0], [-1.0, -4.0, -2.0]], device=device).double()
+    A = torch.tensor([-0.5, 2.0], device=device)
+    for power in (-1.0, 0.0, 1.0):
+        found = []
+        for options in ({"clip": "none"}, {"clip": "sequence", "clip_low": 1e308, "clip_high": 1e308}):
+            logp = torch.tensor([[-1.1, -1.0, -2.2], [-3.0, -1.0, -2.0]], device=device).double().requires_grad_()
+            out = pmpo_loss_from_logp(logp, old, A, config=LossConfig(power=power, **options), impl=impl)
+            out.loss.backward()
+            assert bool(out.loss.isfinite())
+            assert bool(logp.grad.isfinite().all())
+            found.append((out, logp.grad))
+        assert torch.equal(found[0][0].loss, found[1][0].loss)
+        assert torch.equal(found[0][1], found[1][1])
+        assert found[1][0].metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"entropy_coef": -1e300}, torch.float32),  # the loss is 0 times that: one token has no entropy
+        ({"entropy_coef": 1e30, "temperature": 1e-30}, torch.float32),
+        ({"beta": 1e300, "kl_estimator": "k1", "temperature": 1e-30}, torch.float64),
+    ],
+)
+def test_a_gradient_that_overflows_is_not_hidden(
+    impl: str, device: str, options: dict[str, float], dtype: torch.dtype
+) -> None:
+    """It comes with no finite loss: neither that of the entropy term, nor that of logits divided by a small temperature."""
+    temperature = options.get("temperature", 0.0)
+    row = [0.0, temperature] if temperature else [0.0]  # 1 apart at that temperature
+    z = torch.tensor([[row]], dtype=dtype, device=device, requires_grad=True)
+    none = torch.zeros(1, 1, device=device)
+    out = pmpo_loss(z, none.long(), none, none[0] + 1, ref_logp=none, config=LossConfig.grpo(**options), impl=impl)
+    (grad,) = torch.autograd.grad(out.loss, z)
+    assert not bool(grad.isfinite().all())
+    assert not bool(out.loss.isfinite())

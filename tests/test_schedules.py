@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pmpo_kernels import LossConfig, pmpo_loss_from_logp, schedules
+from pmpo_kernels import LossConfig, pmpo_loss_from_logp
 from pmpo_kernels.schedules import apmpo_clip, apmpo_power, group_advantages, holder_power, rollout_weights
 
 SHAPES = ["linear", "square", "cube", "sine"]
@@ -223,66 +223,14 @@ def test_reads_no_values_where_they_are_not_checked(monkeypatch: pytest.MonkeyPa
             assert rollout_weights(rewards, rewards, cu_seqlens=packed, level=level).shape == (6,)
 
 
-TWO = torch.zeros(2)
-BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-    ("holder_power", (1.5,), {}, ValueError, r"progress: expected a number in \[0, 1\], got 1.5"),
-    ("holder_power", (math.nan,), {}, ValueError, "progress: expected a finite number, got nan"),
-    ("holder_power", (0.5,), {"start": math.inf}, ValueError, "start: expected a finite number, got inf"),
-    ("holder_power", (0.5,), {"end": "x"}, ValueError, "end: expected a finite number, got 'x'"),
-    ("holder_power", (0.5,), {"start": 1e308, "end": -1e308}, ValueError, "end - start: expected a finite number, got -inf"),
-    ("holder_power", (0.5,), {"shape": "quad"}, ValueError, r"shape: expected one of \['linear', 'square', 'cube', 'sine'\], got 'quad'"),
-    ("apmpo_power", ([1.0],), {}, TypeError, "rewards: expected a tensor, got list"),
-    ("apmpo_power", (torch.zeros(2, 2),), {}, ValueError, r"rewards: expected shape \(B,\), got \(2, 2\)"),
-    ("apmpo_power", (torch.zeros(0),), {}, ValueError, r"rewards: expected at least one, got shape \(0,\)"),
-    ("apmpo_power", (torch.zeros(2, dtype=torch.long),), {}, TypeError, "rewards: expected dtype .* got int64"),
-    ("apmpo_power", (torch.tensor([0.5, math.nan]),), {}, ValueError, "rewards: expected finite numbers, got nan"),
-    ("apmpo_power", (-torch.ones(2),), {}, ValueError, "rewards: expected a mean >= 0, got -1.0"),
-    ("apmpo_power", (TWO,), {"gamma": 0}, ValueError, "gamma: expected a finite number > 0, got 0"),
-    ("apmpo_clip", (TWO,), {"eps_min": -0.1}, ValueError, "eps_min: expected a finite number > 0, got -0.1"),
-    ("apmpo_clip", (TWO,), {"eps_max": 0.1}, ValueError, "eps_max: expected a number >= eps_min, which is 0.2, got 0.1"),
-    ("apmpo_clip", (TWO,), {"delta": 0.0}, ValueError, "delta: expected a finite number > 0, got 0.0"),
-    ("group_advantages", (None, 2), {}, TypeError, "rewards: expected a tensor, got NoneType"),
-    ("group_advantages", (torch.tensor([0.0, math.inf]), 2), {}, ValueError, "rewards: expected finite numbers, got inf"),
-    ("group_advantages", (torch.zeros(2, requires_grad=True), 2), {}, ValueError, "rewards: expected a tensor without requires_grad"),
-    ("group_advantages", (TWO, 3), {}, ValueError, "groups: expected a size that divides the 2 rewards, got 3"),
-    ("group_advantages", (TWO, 0), {}, ValueError, "groups: expected an int > 0"),
-    ("group_advantages", (TWO, TWO), {}, TypeError, "groups: expected dtype int32, int64, got float32"),
-    ("group_advantages", (TWO, torch.zeros(3, dtype=torch.long)), {}, ValueError, r"groups: expected shape \(2,\), got \(3,\)"),
-    ("group_advantages", (TWO, 2), {"baseline": "loo"}, ValueError, r"baseline: expected one of \['mean', 'leave-one-out'\], got 'loo'"),
-    ("group_advantages", (TWO, 2), {"scale": "batch"}, ValueError, r"scale: expected one of \['std', None\], got 'batch'"),
-    ("group_advantages", (TWO, 2), {"delta": -1.0}, ValueError, "delta: expected a finite number > 0, got -1.0"),
-    ("rollout_weights", (None, LOGP), {}, TypeError, "logp: expected a tensor, got NoneType"),
-    ("rollout_weights", (LOGP[None], LOGP), {}, ValueError, r"logp: expected shape \(B, T\) or \(N,\), got \(1, 2, 3\)"),
-    ("rollout_weights", (LOGP, LOGP[0]), {}, ValueError, r"rollout_logp: expected shape \(2, 3\), got \(3,\)"),
-    ("rollout_weights", (LOGP, None), {}, TypeError, "rollout_logp: expected a tensor, got NoneType"),
-    ("rollout_weights", (LOGP, LOGP * math.nan), {"mask": MASK}, ValueError, "logp - rollout_logp: expected numbers where mask is true, got nan"),
-    ("rollout_weights", (LOGP, LOGP), {"mask": MASK[0]}, ValueError, r"mask: expected shape \(2, 3\), got \(3,\)"),
-    ("rollout_weights", (LOGP[0], LOGP[0]), {}, ValueError, r"cu_seqlens: expected offsets \(B \+ 1,\) because logp has shape \(3,\), got None"),
-    ("rollout_weights", (LOGP, LOGP), {"level": "trajectory"}, ValueError, r"level: expected one of \['token', 'sequence', 'geometric'\], got 'trajectory'"),
-    ("rollout_weights", (LOGP, LOGP), {"mode": "clip"}, ValueError, r"mode: expected one of \['truncate', 'mask'\], got 'clip'"),
-    ("rollout_weights", (LOGP, LOGP), {"high": None}, ValueError, "high: expected a finite number > 0, got None"),
-    ("rollout_weights", (LOGP, LOGP), {"low": 0.0}, ValueError, "low: expected a finite number > 0, got 0.0"),
-    ("rollout_weights", (LOGP, LOGP), {"low": 2.0}, ValueError, "low: expected a number below high, which is 2.0, got 2.0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs", "error", "message"), BAD)
-def test_bad_calls(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        getattr(schedules, name)(*args, **kwargs)
-
-
 def test_group_advantages_of_large_and_infinite_rewards() -> None:
     """Squares of large rewards do not overflow; infinities (unchecked on a GPU) are not taken for equal rewards."""
     found = group_advantages(torch.tensor([1e200, 0.0], dtype=torch.float64), 2)
     assert found.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
 
 
-def test_rollout_weights_of_both_infinities() -> None:
-    logp, other = torch.zeros(1, 2), torch.tensor([[math.inf, -math.inf]])
-    with pytest.raises(ValueError, match="logp - rollout_logp: expected numbers, without both infinities"):
-        rollout_weights(logp, other, level="sequence")
-    with pytest.raises(ValueError, match="high: expected a number from 1e-30 to 1e30, got 1e"):
-        rollout_weights(logp, logp, high=1e39)
+def test_apmpo_of_large_rewards() -> None:
+    """Neither their sum nor their squares overflow: mean 1.2e308, standard deviation 0.4e308."""
+    rewards = torch.tensor([1.6e308, 0.8e308], dtype=torch.float64)
+    assert apmpo_power(rewards, gamma=1e-308) == pytest.approx(math.exp(-1.2), rel=1e-14)
+    assert apmpo_clip(rewards, eps_min=0.2, eps_max=0.4) == pytest.approx(0.2 + 0.2 * math.tanh(3), rel=1e-14)

@@ -35,16 +35,20 @@ def denominator(
     """
     ranks = ALONE if mesh is None else find_ranks(None, mesh, "contiguous")._replace(vocabulary=None)
     with agreement(ranks) as mine:
+        if not isinstance(lengths, (Tensor, Sequence)):
+            raise TypeError(f"lengths: expected a tensor (B,) or a sequence of them, got {type(lengths).__name__}")
         parts = [lengths] if isinstance(lengths, Tensor) else list(lengths)
         if not parts:
             raise ValueError("lengths: expected a tensor (B,) or a sequence of them, got an empty sequence")
         for part in parts:
-            if not isinstance(part, Tensor) or part.dim() != 1:
+            if not isinstance(part, Tensor) or checks.check_dense("lengths", part).dim() != 1:
                 got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
                 raise ValueError(f"lengths: expected tensors (B,), got {got}")
             checks.check_tensor("lengths", part, dtypes=checks.INTEGERS, device=parts[0].device, shape=part.shape)
+            checks.check_all("lengths", part, lambda n: n >= 0, "numbers of tokens >= 0")
         if not isinstance(config, LossConfig):
             raise TypeError(f"config: expected a LossConfig, got {type(config).__name__}")
+        checks.check_flag("averaged", averaged)
         mine.same_batch = {"config.loss_agg_mode or averaged": mark(config.loss_agg_mode, averaged)}
         mine.same_trajectories = {"lengths": sum(len(part) for part in parts), **mine.same_batch}
     tokens = torch.cat(parts).double()

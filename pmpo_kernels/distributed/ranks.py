@@ -124,7 +124,9 @@ def fingerprint(*tensors: Tensor | None, mask: Tensor | None = None) -> int:
         if x is not None and checks.checks_values(x):
             x = x.detach().reshape(-1)
             x = x if mask is None or mask.numel() != x.numel() else torch.where(mask.reshape(-1), x, 0)
-            crc = zlib.crc32(x.cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
+            # a copy, because contiguous() of one element may keep any stride
+            in_a_row = x.cpu().clone(memory_format=torch.contiguous_format)
+            crc = zlib.crc32(in_a_row.view(torch.uint8).numpy().tobytes(), crc)
     return crc
 
 

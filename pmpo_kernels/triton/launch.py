@@ -113,7 +113,7 @@ def optional_like(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]
 
 def optional_mask(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     """As `optional`, always a byte pointer, so that a missing mask compiles nothing new."""
-    tensor, has = optional(mask, stand_in.contiguous())
+    tensor, has = optional(mask, stand_in.as_strided((min(stand_in.numel(), 1),), (1,)))
     return tensor.view(torch.uint8), has
 
 

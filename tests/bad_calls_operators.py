@@ -1,0 +1,95 @@
+"""Bad calls of the operators, past the public functions: tensors that do not fit together, of which a kernel would read too much.
+
+The compiled kernels check for themselves, those in Python are checked in `ops.py`; a message may be the longer of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from bad_calls import GAP, Call, Row
+
+from pmpo_kernels import LossConfig
+from pmpo_kernels.ops import NAMES, stage
+
+B, T, V = 2, 3, 5
+OPTIONS = list(LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False))
+Z, IDS, ONE = torch.zeros(B, T, V), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T)
+FLAT, OFFSETS, EACH = torch.zeros(B * T), torch.tensor([0, 3, 6]), torch.ones(B)
+GOOD: dict[str, dict[str, Any]] = {
+    "token_logp": {"logits": Z, "token_ids": IDS, "temperature": 1.0},
+    "dlogits": {
+        "logits": Z,
+        "token_ids": IDS,
+        "row_max": ONE,
+        "row_sum": ONE,
+        "entropy": ONE,
+        "dlogp": ONE,
+        "temperature": 1.0,
+    },
+    "trajectory": {"logp": FLAT, "advantages": EACH, "cu_seqlens": OFFSETS, "options": OPTIONS},
+    "solve_power": {"log_weights": FLAT, "cu_seqlens": OFFSETS, "target_ess": EACH, "power_max": 1.0},
+}
+GOOD["dlogits_"] = GOOD["dlogits"]
+IMPLS = {name: ["reference", "cpp"] if name == "solve_power" else ["reference", "cpp", "triton"] for name in GOOD}
+
+
+def operator(name: str, impl: str) -> Callable[..., Any]:
+    return lambda **given: stage(name, impl)(*(given.get(argument) for argument in NAMES[name]))
+
+
+CALLS = {f"{name}.{impl}": Call(operator(name, impl), GOOD[name]) for name in GOOD for impl in IMPLS[name]}
+PER_TOKEN = {
+    "token_logp": ["mask"],
+    "dlogits": ["mask", "row_max", "row_sum", "entropy", "dlogp", "dentropy"],
+    "trajectory": ["old_logp", "mask", "ref_logp", "rollout_weights", "entropy", "policy_mask"],
+    "solve_power": ["mask"],
+}
+PER_TOKEN["dlogits_"] = PER_TOKEN["dlogits"]
+
+
+def rows_of(name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    for argument in PER_TOKEN[name]:
+        for size in (0, 1, B, B * T - 1, B * T + 1):
+            bad = torch.ones(size, dtype=torch.bool if "mask" in argument else torch.float32)
+            yield {argument: bad}, f"{argument}: expected {B * T} elements, got {size}"
+    for argument in {"trajectory": ["advantages", "power", "target_ess"], "solve_power": ["target_ess"]}.get(name, []):
+        if argument != "advantages":
+            yield {argument: torch.ones(B + 1)}, f"{argument}: expected {B} elements, got {B + 1}"
+    if name == "trajectory":
+        yield {"advantages": torch.ones(B - 1)}, f"{GAP}: expected {GAP} elements, got {GAP}"
+    if "logits" in NAMES[name]:
+        shape = f"logits: expected shape (B, S, V) with token_ids (B, T){GAP}"
+        for bad in (Z[0], Z[:1], Z[:, :2], Z[..., :0], Z[None]):
+            yield {"logits": bad}, shape
+        yield {"token_ids": IDS[0]}, shape
+        wide = torch.zeros(B, V, T).transpose(1, 2)
+        yield {"logits": wide}, f"logits: expected stride 1 in the vocabulary dimension{GAP}"
+        yield {"logits": Z.long()}, f"logits: expected {GAP}dtype{GAP}"
+    else:
+        wrong = f"cu_seqlens: expected non-decreasing offsets from 0 to the {B * T} tokens{GAP}"
+        for offsets in ([0, 4, 5], [1, 3, 6], [0, 7, 6], [0, -1, 6], [0, 2**62, 6], [0, 3, 2**63 - 1]):
+            yield {"cu_seqlens": torch.tensor(offsets)}, wrong
+    if name == "token_logp":
+        ids = torch.where(torch.arange(B * T).view(B, T) == 5, V, IDS)
+        yield {"token_ids": ids}, f"token_ids: expected ids in [0, {V}) where mask is true, got {V} at [1, 2]"
+
+
+def rows() -> Iterator[Row]:
+    for name in GOOD:
+        for impl in IMPLS[name]:
+            yield from (Row(f"{name}.{impl}", change, ValueError, message) for change, message in rows_of(name))
+    yield Row("trajectory.cpp", {"options": OPTIONS[:-1]}, ValueError, "options: expected those of TrajectoryOptions")
+    for name, impl in (
+        ("token_logp", "triton"),
+        ("dlogits", "triton"),
+        ("dlogits_", "triton"),
+        ("trajectory", "triton"),
+    ):
+        message = "mask: expected dtype bool, got torch.int64"
+        yield Row(f"{name}.{impl}", {"mask": torch.ones(B * T, dtype=torch.int64)}, ValueError, message)
+
+
+ROWS = list(rows())
