@@ -11,9 +11,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import profiles  # noqa: F401: registers them; --hypothesis-profile chooses one
+from hypothesis import settings
+
 from pmpo_kernels import LossConfig
 from pmpo_kernels.verification import configurations
 
+settings.load_profile("ci")
 CONFIGURATIONS = configurations()
 
 
