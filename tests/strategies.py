@@ -105,14 +105,22 @@ class Batch(NamedTuple):
         starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         tokens = [t for i in order for t in range(starts[i], starts[i] + self.lengths[i])]
 
-        def take(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[order if len(x) == len(self.lengths) else tokens]
+        def per_token(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[tokens]
 
-        token = {name: None if (x := getattr(self, name)) is None else x[tokens]
-                 for name in ("logits", "token_ids", "old_logp", "ref_logp")}  # fmt: skip
-        rest = {name: take(getattr(self, name))
-                for name in ("advantages", "rollout_weights", "policy_mask", "power", "target_ess")}  # fmt: skip
-        return Batch(lengths=[self.lengths[i] for i in order], **token, **rest)
+        def either(x: Tensor | None) -> Tensor | None:
+            if x is None or len(x) == len(self.token_ids) or len(order) == len(tokens):
+                return per_token(self.spread(x))  # as many tokens as trajectories: read as one a token
+            return x[order]
+
+        def per_trajectory(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[order]
+
+        return Batch(
+            self.logits[tokens], self.token_ids[tokens], [self.lengths[i] for i in order], per_token(self.old_logp),
+            self.advantages[order], per_token(self.ref_logp), either(self.rollout_weights), either(self.policy_mask),
+            per_trajectory(self.power), per_trajectory(self.target_ess),
+        )  # fmt: skip
 
 
 class Sizes(NamedTuple):
