@@ -15,7 +15,6 @@ from pmpo_kernels import LossConfig
 from pmpo_kernels.verification import error_bound
 
 
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """16-bit logits are computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -83,9 +82,7 @@ def wanted(batch: Batch, config: LossConfig, power: Tensor, D: float | None = No
         entropy_weight = abs(config.entropy_coef) * per_token
         terms += float((entropy_weight * (1 + entropy)).sum())
         log_q = torch.cat([x.log_q for x in some])
-    return Wanted(
-        float(loss.detach()), grad, logp.detach(), terms, policy, row, entropy_weight, log_q, entropy, found
-    )
+    return Wanted(float(loss.detach()), grad, logp.detach(), terms, policy, row, entropy_weight, log_q, entropy, found)
 
 
 class Bounds(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import profiles  # noqa: F401: registers them; --hypothesis-profile chooses one
+import profiles
 from hypothesis import settings
 
 from pmpo_kernels import LossConfig
@@ -58,3 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no GPU is visible to PyTorch"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if profiles.cases:
+        name = settings.get_current_profile_name()
+        terminalreporter.write_line(f"property tests: {profiles.cases.total()} generated cases, profile {name}")

@@ -83,7 +83,9 @@ def log_deficit(log_a: Tensor, p: float) -> float:
 
 def ess(log_a: Tensor, p: float) -> float:
     """0 without weights."""
-    return 0.0 if float(log_power_mean(log_a, p)) == -math.inf else len(log_a) * math.exp(-log_deficit(log_a, p))
+    return (
+        0.0 if float(log_power_mean(log_a.detach(), p)) == -math.inf else len(log_a) * math.exp(-log_deficit(log_a, p))
+    )
 
 
 def target_deficit(log_a: Tensor, clipped: int, target_ess: float | None, config: LossConfig) -> float:
@@ -106,12 +108,13 @@ def kl(r: Tensor, d: Tensor, config: LossConfig) -> Tensor:
     return torch.exp(d) * value if config.kl_bias_correction else value
 
 
-def define(x: Trajectory, config: LossConfig, power: float) -> Defined:
-    """One trajectory of at least one token at this p; differentiable in its logits."""
+def define(x: Trajectory, config: LossConfig, power: float, logp: Tensor | None = None) -> Defined:
+    """One trajectory of at least one token at this p; differentiable in its logits, or in `logp` (n,), where that is given."""
     n, A = len(x.token_ids), x.advantage
-    log_q = torch.log_softmax(x.logits / config.temperature, -1)
-    logp = log_q[torch.arange(n), x.token_ids]
-    logp.retain_grad() if logp.requires_grad else None
+    log_q = x.logits.new_zeros(n, 1)
+    if logp is None:
+        log_q = torch.log_softmax(x.logits / config.temperature, -1)
+        logp = log_q[torch.arange(n), x.token_ids]
     entropy = -(log_q.exp() * torch.where(log_q > -math.inf, log_q, 0)).sum(-1)
     d = torch.where(logp > -math.inf, logp - logp.detach(), 0) if x.old_logp is None else logp - x.old_logp
 
@@ -127,7 +130,7 @@ def define(x: Trajectory, config: LossConfig, power: float) -> Defined:
         log_m = log_power_mean(log_a, power)
         if config.clip == "sequence":
             near = margin(log_m, A, config)
-        if float(log_m) > -math.inf:
+        if float(log_m.detach()) > -math.inf:
             log_m = clip(log_m, A, config)[0] if config.clip == "sequence" else log_m
             surrogate = -A * len(log_a) / n * log_m.exp()
     r = None if x.ref_logp is None else x.ref_logp - logp

@@ -164,7 +164,9 @@ def batches(draw: st.DrawFn, config: LossConfig, dtype: torch.dtype, sizes: Size
     advantages[normal(B) > 1.2] = 0
     target = None
     if config.power == "ess" and (config.clip != "token" or draw(st.booleans())):
-        target = torch.tensor(lengths, dtype=torch.float64).clamp(min=1) * (0.3 + 0.7 * torch.rand(B, generator=random).double())
+        target = torch.tensor(lengths, dtype=torch.float64).clamp(min=1) * (
+            0.3 + 0.7 * torch.rand(B, generator=random).double()
+        )
     power = None
     if target is None and draw(st.integers(0, 4)) == 0:
         power = 2 * normal(B)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
-import pytest
 import torch
 from agreement import assert_agrees, assert_power, bounds, wanted, well_posed
-from conftest import device_of
-from definition import denominator, ess
-from hypothesis import assume, given
+from definition import denominator
+from generated import for_every
+from hypothesis import assume
 from hypothesis import strategies as st
-from profiles import examples
 from strategies import (
     DTYPES,
     PACKED,
     PADDED,
-    SMALL,
     Batch,
     Call,
-    Layout,
     Sizes,
     batches,
     call,
@@ -31,26 +26,6 @@ from strategies import (
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, pmpo_loss_from_logp, token_logp
-
-EVERY = [("reference", 1.0), ("cpp", 1.0), ("triton", 0.2)]  # and its share of the examples: the interpreter is slow
-
-
-def for_every(share: float = 1.0):
-    """Parametrise by implementation; each runs its share of the profile's examples."""
-
-    def decorate(function):
-        @pytest.mark.parametrize("impl", [name for name, _ in EVERY])
-        def run(impl: str) -> None:
-            part = dict(EVERY)[impl] * (1 if device_of(impl) == "cpu" else 5)
-            sizes = SMALL if impl == "triton" and device_of(impl) == "cpu" else Sizes()
-            wrapped = functools.wraps(function)(lambda data: function(data, impl, device_of(impl), sizes))
-            del wrapped.__wrapped__
-            examples(share * part)(given(data=st.data())(wrapped))()
-
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        return run
-
-    return decorate
 
 
 def drawn(data: st.DataObject, sizes: Sizes, dtype: torch.dtype | None = None) -> tuple[LossConfig, Batch]:
@@ -116,7 +91,10 @@ def test_order_and_company_change_no_bit(data: st.DataObject, impl: str, device:
     cuts = sorted(data.draw(st.sets(st.integers(1, B)), "cuts") | {0, B})
     D = denominator(batch.trajectories(), config)
     whole = call(batch, layout, config, impl, device, denominator=D)
-    parts = [call(batch.select(order[a:b]), layout, config, impl, device, denominator=D) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [
+        call(batch.select(order[a:b]), layout, config, impl, device, denominator=D)
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
     rows = torch.cat([p.grad for p in parts])
     expected = batch._replace(logits=whole.grad).select(list(order)).logits
     assert torch.equal(rows, expected)
@@ -151,7 +129,9 @@ def test_a_constant_on_a_row_changes_nothing(data: st.DataObject, impl: str, dev
 def test_scaled_ratios_scale_the_loss(data: st.DataObject, impl: str, device: str, sizes: Sizes) -> None:
     """M_p(s a) = s M_p(a), ESS(s a) = ESS(a): rollout weights times s scale loss and gradient by s, and leave p."""
     config, batch = drawn(data, sizes, data.draw(st.sampled_from([torch.float32, torch.float64]), "dtype"))
-    config = plain(config) if config.clip != "sequence" else plain(config, clip="none", clip_sides="one", dual_clip=None)
+    config = (
+        plain(config) if config.clip != "sequence" else plain(config, clip="none", clip_sides="one", dual_clip=None)
+    )
     assume(config.clip == "token" or config.power != "ess" or batch.target_ess is not None)
     s = 2.0 ** data.draw(st.integers(-20, 20), "exponent")
     N = len(batch.token_ids)
@@ -163,7 +143,11 @@ def test_scaled_ratios_scale_the_loss(data: st.DataObject, impl: str, device: st
     b = call(batch._replace(rollout_weights=weights * s), PACKED, config, impl, device)
     want = wanted(batch, config, a.out.power.cpu())
     assume(well_posed(batch, config, want))
-    bound = bounds(batch._replace(rollout_weights=weights * s), config, wanted(batch._replace(rollout_weights=weights * s), config, a.out.power.cpu()))
+    bound = bounds(
+        batch._replace(rollout_weights=weights * s),
+        config,
+        wanted(batch._replace(rollout_weights=weights * s), config, a.out.power.cpu()),
+    )
     assert abs(float(b.out.loss.detach()) - s * float(a.out.loss.detach())) <= s * bound.loss * want.loss_terms
     # the same rounding of q on both sides; coefficients differ by float64 noise and one rounding
     unit = torch.finfo(a.grad.dtype)
@@ -192,7 +176,12 @@ def test_ess_falls_as_p_grows(data: st.DataObject, impl: str, device: str, sizes
         if x is None or not len(x.log_a) or not bool((x.log_a > -torch.inf).any()):
             assert values == [0.0] * len(grid)
             continue
-        noise = 64 * (len(x.log_a) + 16) * torch.finfo(torch.float64).eps * (1 + 4 * float(x.log_a[x.log_a > -torch.inf].abs().max()))
+        noise = (
+            64
+            * (len(x.log_a) + 16)
+            * torch.finfo(torch.float64).eps
+            * (1 + 4 * float(x.log_a[x.log_a > -torch.inf].abs().max()))
+        )
         at_zero = grid.index(0.0)
         for a, b in zip(values[at_zero + 1 :], values[at_zero + 2 :], strict=False):
             assert b <= a * (1 + noise)
