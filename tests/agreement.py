@@ -53,7 +53,7 @@ def wanted(batch: Batch, config: LossConfig, power: Tensor, D: float | None = No
         define(x, config, float(p)) if len(x.token_ids) else None for x, p in zip(trajectories, power, strict=True)
     ]
     some = [x for x in found if x is not None]
-    N, V = batch.logits.shape
+    N = len(batch.token_ids)
     none = torch.zeros(0, dtype=torch.float64)
     if not some:
         empty = batch.logits.double()

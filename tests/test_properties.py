@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from agreement import assert_agrees, assert_power, bounds, wanted, well_posed
@@ -91,10 +92,7 @@ def test_order_and_company_change_no_bit(data: st.DataObject, impl: str, device:
     cuts = sorted(data.draw(st.sets(st.integers(1, B)), "cuts") | {0, B})
     D = denominator(batch.trajectories(), config)
     whole = call(batch, layout, config, impl, device, denominator=D)
-    parts = [
-        call(batch.select(order[a:b]), layout, config, impl, device, denominator=D)
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    parts = [call(batch.select(order[a:b]), layout, config, impl, device, denominator=D) for a, b in pairwise(cuts)]
     rows = torch.cat([p.grad for p in parts])
     expected = batch._replace(logits=whole.grad).select(list(order)).logits
     assert torch.equal(rows, expected)
@@ -183,13 +181,13 @@ def test_ess_falls_as_p_grows(data: st.DataObject, impl: str, device: str, sizes
             * (1 + 4 * float(x.log_a[x.log_a > -torch.inf].abs().max()))
         )
         at_zero = grid.index(0.0)
-        for a, b in zip(values[at_zero + 1 :], values[at_zero + 2 :], strict=False):
+        for a, b in pairwise(values[at_zero + 1 :]):
             assert b <= a * (1 + noise)
         if bool((x.log_a == -torch.inf).any()):
             assert values[: at_zero + 1] == [0.0] * (at_zero + 1)
             continue
         assert abs(values[at_zero] - len(x.log_a)) <= noise * len(x.log_a)
-        for a, b in zip(values[:at_zero], values[1 : at_zero + 1], strict=False):
+        for a, b in pairwise(values[: at_zero + 1]):
             assert a <= b * (1 + noise)
 
 

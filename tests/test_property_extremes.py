@@ -138,7 +138,7 @@ def test_ratios_of_any_size(data: st.DataObject, impl: str, device: str, sizes: 
     want = define(Trajectory(y, torch.zeros(T, dtype=torch.long), old, A, None, None, None, target), config, p, logp=y)
     (expected,) = torch.autograd.grad(want.weight * want.surrogate + 0 * y.sum(), y)
     expected = expected / (T if config.loss_agg_mode == "token-mean" else 1)
-    loss = float(want.weight * want.surrogate) / (T if config.loss_agg_mode == "token-mean" else 1)
+    loss = want.weight * float(want.surrogate.detach()) / (T if config.loss_agg_mode == "token-mean" else 1)
     assume(want.margin > 1e-6)
     # p |l| is rounded in float64 and so is (l - mean), a few times; the definition divides log n + |p| l by p
     l = 300.0
@@ -176,7 +176,7 @@ def test_one_and_many_tokens(data: st.DataObject, impl: str, device: str, sizes:
         found = define(one, config, float(out.power[i]), logp=y)
         assume(found.margin > 1e-9)
         value = found.weight * found.surrogate / 3
-        loss, terms = loss + float(value), terms + abs(float(value))
+        loss, terms = loss + float(value.detach()), terms + abs(float(value.detach()))
         expected.append(torch.autograd.grad(value + 0 * y.sum(), y)[0])
         assert float(out.ess[i]) == pytest.approx(
             len(y) * math.exp(-log_deficit(found.log_a.detach(), found.power)), rel=8 * (len(y) + 64) * U64
