@@ -36,8 +36,8 @@ class PMPOOutput(NamedTuple):
     """Result of a loss call. Only `loss` carries a gradient; everything else is detached.
 
     `logp` and `entropy` (None if not given to `pmpo_loss_from_logp`) are shaped like the tokens, 0 where masked.
-    `power`, `ess` and `clip_fraction` are (B,) float64: p, effective sample size in tokens (0 for a trajectory without
-    tokens in the policy term) and clipped fraction of the response tokens of each trajectory.
+    `power`, `ess` and `clip_fraction` are (B,) float64: p, effective sample size in tokens (0 where M_p = 0, and for a
+    trajectory without tokens in the policy term) and clipped fraction of the response tokens of each trajectory.
     """
 
     loss: Tensor

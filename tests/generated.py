@@ -15,7 +15,7 @@ Property = Callable[[st.DataObject, str, str, Sizes], None]
 COST = {
     "reference": 1.0,
     "cpp": 1.0,
-    "triton": 0.2,
+    "triton": 0.12,
 }  # the share of the examples that each runs: the interpreter is slow
 
 
