@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from definition import Defined, define, log_deficit, target_deficit, total
 from definition import denominator as default_denominator
-from strategies import Batch, Call
+from strategies import Batch, Call, Layout, call
 from torch import Tensor
 
 from pmpo_kernels import LossConfig
@@ -140,6 +140,26 @@ def floors(batch: Batch, want: Wanted, scale: float) -> Tensor:
     return (arithmetic * (1 + size) + stored / scale)[:, None]
 
 
+def row_size(want: Wanted, config: LossConfig) -> float:
+    """Bound on the entries of the gradient."""
+    size = want.row + want.entropy_weight * (1 + want.entropy)
+    return float(size.max()) / config.temperature if len(size) else 0.0
+
+
+def call_and_want(
+    batch: Batch, layout: Layout, config: LossConfig, impl: str, device: str, **kwargs: Any
+) -> tuple[Call, Wanted, float]:
+    """A call, the definition at its p, and the scale of the call's gradient: that of float16 would fall below its normal
+    numbers, so the loss is scaled, as trainers do, until the largest entry is 2^12 or the factor is."""
+    call_ = call(batch, layout, config, impl, device, **kwargs)
+    want = wanted(batch, config, call_.out.power.cpu(), kwargs.get("denominator"))
+    size = row_size(want, config)
+    if batch.logits.dtype != torch.float16 or not 0 < size < 2**12:
+        return call_, want, 1.0
+    scale = 2.0 ** min(12, math.floor(12 - math.log2(size)))
+    return call(batch, layout, config, impl, device, scale, **kwargs), want, scale
+
+
 def assert_agrees(batch: Batch, config: LossConfig, call: Call, want: Wanted, scale: float = 1.0) -> None:
     """Loss and each entry of the gradient (of `scale` times the loss) within their bounds; rows of no weight exactly 0."""
     b, T = bounds(batch, config, want), config.temperature
@@ -204,7 +224,8 @@ def assert_power(batch: Batch, config: LossConfig, call: Call, want: Wanted) -> 
 
 
 def well_posed(batch: Batch, config: LossConfig, want: Wanted) -> bool:
-    """Rounding decides no clip, and a first-order bound says something."""
+    """Rounding decides no clip, a first-order bound says something, and the gradient does not overflow."""
     b = bounds(batch, config, want)
     nearest = min([x.margin for x in want.trajectories if x is not None], default=math.inf)
-    return b.logits < 0.01 and b.rows < 0.1 and nearest > 4 * b.logits + 4 * b.deficit
+    fits = row_size(want, config) < torch.finfo(batch.logits.dtype).max / 2
+    return fits and b.logits < 0.01 and b.rows < 0.1 and nearest > 4 * b.logits + 4 * b.deficit

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from agreement import assert_agrees, assert_power, bounds, wanted, well_posed
+from agreement import assert_agrees, assert_power, bounds, call_and_want, wanted, well_posed
 from definition import denominator
 from generated import for_every
 from hypothesis import assume
@@ -35,11 +35,6 @@ def drawn(data: st.DataObject, sizes: Sizes, dtype: torch.dtype | None = None) -
     return config, data.draw(batches(config, dtype, sizes), "batch")
 
 
-def gradient_scale(batch: Batch) -> float:
-    """float16 entries would fall below its normal numbers: scale the loss, as trainers do."""
-    return 4096.0 if batch.logits.dtype == torch.float16 else 1.0
-
-
 def same(a: Call, b: Call, *, loss: bool = True) -> None:
     """The same bits."""
     assert torch.equal(a.grad, b.grad)
@@ -55,15 +50,9 @@ def test_agrees_with_the_definition(data: st.DataObject, impl: str, device: str,
     config, batch = drawn(data, sizes)
     layout, inplace = data.draw(layouts(), "layout"), data.draw(st.booleans(), "inplace")
     D = data.draw(st.none() | st.floats(0.5, 50), "denominator")
-    scale = gradient_scale(batch)
-    inplace = inplace and layout.strides != "every other"
+    got, want, scale = call_and_want(batch, layout, config, impl, device, denominator=D)
     if inplace:
-        # gradients of a leaf that is written over
-        got = call(batch, layout, config, impl, device, scale, denominator=D, inplace=True)
-        same(got, call(batch, layout, config, impl, device, scale, denominator=D))
-    else:
-        got = call(batch, layout, config, impl, device, scale, denominator=D)
-    want = wanted(batch, config, got.out.power.cpu(), D)
+        same(got, call(batch, layout, config, impl, device, scale, denominator=D, inplace=True))
     assume(well_posed(batch, config, want))
     assert_agrees(batch, config, got, want, scale)
     assert_power(batch, config, got, want)
