@@ -34,7 +34,7 @@ def for_every(share: float = 1.0, impls: Sequence[str] = tuple(COST)) -> Callabl
                 function(data, impl, device, SMALL if interpreted else Sizes())
 
             case.__name__ = f"{function.__name__}_{impl}"  # from which `ci` derives its seed
-            limit = settings(max_examples=max(1, round(settings().max_examples * part)))
+            limit = settings(max_examples=max(1, round(profiles.EXAMPLES[settings.get_current_profile_name()] * part)))
             limit(given(data=st.data())(case))()
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__

@@ -145,7 +145,7 @@ def test_scaled_ratios_scale_the_loss(data: st.DataObject, impl: str, device: st
     assert torch.allclose(b.out.ess[some].log(), a.out.ess[some].log(), rtol=0, atol=bound.deficit)
 
 
-@for_every(0.5)
+@for_every(0.25)
 def test_ess_falls_as_p_grows(data: st.DataObject, impl: str, device: str, sizes: Sizes) -> None:
     """On either side of p = 0, where it is n without weights of 0."""
     config, batch = drawn(data, sizes, torch.float64)
