@@ -93,7 +93,9 @@ def test_order_and_company_change_no_bit(data: st.DataObject, impl: str, device:
     u = torch.finfo(whole.out.loss.dtype).eps
     magnitude = sum(abs(float(p.out.loss.detach())) for p in parts) + abs(float(whole.out.loss.detach()))
     noise = 4 * (B + 4) * torch.finfo(torch.float64).eps * want.loss_terms
-    assert abs(losses - float(whole.out.loss.detach())) <= u * magnitude + noise
+    assert (
+        abs(losses - float(whole.out.loss.detach())) <= u * magnitude + noise + torch.finfo(whole.out.loss.dtype).tiny
+    )
 
 
 @for_every()
@@ -109,7 +111,10 @@ def test_a_constant_on_a_row_changes_nothing(data: st.DataObject, impl: str, dev
     assume(well_posed(moved, config, before))
     assert_agrees(moved, config, got, before._replace(loss=wanted(moved, config, got.out.power.cpu()).loss))
     after = float(got.out.loss.detach())
-    assert abs(after - before.loss) <= 2 * bounds(moved, config, before).loss * before.loss_terms
+    assert (
+        abs(after - before.loss)
+        <= 2 * bounds(moved, config, before).loss * before.loss_terms + torch.finfo(got.out.loss.dtype).tiny
+    )
 
 
 @for_every()
@@ -135,10 +140,10 @@ def test_scaled_ratios_scale_the_loss(data: st.DataObject, impl: str, device: st
         config,
         wanted(batch._replace(rollout_weights=weights * s), config, a.out.power.cpu()),
     )
-    assert abs(float(b.out.loss.detach()) - s * float(a.out.loss.detach())) <= s * bound.loss * want.loss_terms
+    lost = 2 * torch.finfo(a.grad.dtype).tiny * max(s, 1)  # below the smallest normal number
+    assert abs(float(b.out.loss.detach()) - s * float(a.out.loss.detach())) <= s * bound.loss * want.loss_terms + lost
     # the same rounding of q on both sides; coefficients differ by float64 noise and one rounding
-    unit = torch.finfo(a.grad.dtype)
-    allowed = (bound.rows * s * a.grad.double().abs()) + unit.tiny * max(s, 1)
+    allowed = (bound.rows * s * a.grad.double().abs()) + lost
     peak = s * bound.rows * want.row[:, None] / config.temperature * want.log_q.detach().exp() if N else allowed
     assert bool(((b.grad.double() - s * a.grad.double()).abs() <= allowed + peak).all())
     some = a.out.ess > 0
