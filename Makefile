@@ -8,7 +8,7 @@ BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test docs peers bench verify sanitize soak package versions constraints experiment experiment-gpu lint clean
+.PHONY: demo test nightly docs peers bench verify sanitize soak package versions constraints experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,11 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 	@if $(MAKE) --no-print-directory .venv-peers/installed; then $(MAKE) --no-print-directory peers; \
 	else echo "NOT TESTED: parity with TRL, verl and Liger, whose packages could not be installed (see above)"; fi
+
+# The property tests over other cases each time, over 20,000; the seed is printed: make nightly SEED=... runs the same ones again.
+nightly: .venv/installed
+	seed=$${SEED:-$$($(BIN)/python -c "import secrets; print(secrets.randbits(32))")}; echo "seed $$seed"; \
+	$(BIN)/python -m pytest tests/test_properties.py tests/test_property_extremes.py --hypothesis-profile=nightly --hypothesis-seed=$$seed
 
 # TRL, verl and Liger have an environment of their own: they pin versions of what the package itself does not. It runs the
 # working tree with the C++ kernels that .venv built.

@@ -86,9 +86,12 @@ inline Moments moments(const LogWeights& l, double p) {
   return {std::log1p(mean_e), std::log1p(cv2), slope};
 }
 
-// log M_p for any real p: the mean of log a at p = 0; -inf where p <= 0 meets a zero weight.
+// M_p = 0, because p <= 0 meets a zero weight or all weights are zero.
+inline bool nothing_left(const LogWeights& l, double p) { return l.has_zero && (p <= 0 || l.alive == 0); }
+
+// log M_p for any real p: the mean of log a at p = 0; -inf where M_p = 0.
 inline double log_power_mean(const LogWeights& l, double p, double log_mean) {
-  if (l.has_zero && (p <= 0 || l.alive == 0)) return -INF;
+  if (nothing_left(l, p)) return -INF;
   return l.mean + (p == 0 ? 0 : log_mean / p);
 }
 

@@ -134,7 +134,7 @@ void compute(
   s[WEIGHT] = weight;
   s[POLICY_LOSS] = acts ? -A * share * std::exp(m.d) : 0;
   s[POWER] = p;
-  s[ESS] = counted > 0 && !(l.has_zero && p <= 0) ? k * std::exp(-at.deficit) : 0;
+  s[ESS] = counted > 0 && !nothing_left(l, p) ? k * std::exp(-at.deficit) : 0;
   s[ESS_TARGET] = o.rule == FIXED ? s[ESS] : counted > 0 ? k * std::exp(-deficit) : 0;
   if (m.below) s[CLIPPED_LOW] = l.tokens;
   if (m.above) s[CLIPPED_HIGH] = l.tokens;

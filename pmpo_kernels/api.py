@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from pmpo_kernels import checks
 from pmpo_kernels.aggregate import Aggregation, metrics
 from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
-from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
+from pmpo_kernels.autograd import Limit, Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
 from pmpo_kernels.chunks import count_tokens
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import resolve_impl
@@ -36,8 +37,8 @@ class PMPOOutput(NamedTuple):
     """Result of a loss call. Only `loss` carries a gradient; everything else is detached.
 
     `logp` and `entropy` (None if not given to `pmpo_loss_from_logp`) are shaped like the tokens, 0 where masked.
-    `power`, `ess` and `clip_fraction` are (B,) float64: p, effective sample size in tokens (0 for a trajectory without
-    tokens in the policy term) and clipped fraction of the response tokens of each trajectory.
+    `power`, `ess` and `clip_fraction` are (B,) float64: p, effective sample size in tokens (0 where M_p = 0, and for a
+    trajectory without tokens in the policy term) and clipped fraction of the response tokens of each trajectory.
     """
 
     loss: Tensor
@@ -188,7 +189,7 @@ def pmpo_loss(
         sharing.describe(logits.shape[-1], token_ids, inputs, D, (logits.dtype, config.temperature))
     sharing.check_token_ids(token_ids, inputs.mask)
     logp, entropy = _token_logp(logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts)
-    return _loss(logp, entropy, inputs, D, config, sharing)
+    return _loss(logp, entropy, inputs, D, config, sharing, _limit(logits, config, sharing))
 
 
 def pmpo_loss_from_logp(
@@ -246,7 +247,8 @@ def pmpo_loss_from_logp(
             impl=impl,
         )
         sharing.describe(0, logp, inputs, D, (logp.dtype, entropy is not None))
-    out = _loss(logp, entropy, inputs, D, config, sharing)
+    limit = Limit(min(torch.finfo(x.dtype).max for x in (logp, entropy) if x is not None))
+    out = _loss(logp, entropy, inputs, D, config, sharing, limit)
     if mask is None:
         return out
     keep = mask != 0
@@ -358,6 +360,14 @@ def linear_pmpo_loss(
     return out._replace(power=torch.where(skipped, torch.nan, out.power), ess=torch.where(skipped, torch.nan, out.ess))
 
 
+def _limit(logits: Tensor, config: LossConfig, sharing: Sharing) -> Limit:
+    """Of a token's coefficients, whose row of the gradient is a temperature-th of them: finite in the logits' dtype, and on the
+    way there, where `dlogits` has factors some hundred times the row. Entropy: |q (log q + H)| <= H <= log V."""
+    arithmetic = torch.finfo(compute_dtype(logits.dtype)).max
+    largest = min(torch.finfo(logits.dtype).max, arithmetic / 1024) * config.temperature
+    return Limit(min(arithmetic, largest), max(1.0, math.log(sharing.whole_vocabulary(logits.shape[-1]))))
+
+
 def _loss(
     logp: Tensor,
     entropy: Tensor | None,
@@ -365,13 +375,14 @@ def _loss(
     denominator: Tensor | None,
     config: LossConfig,
     sharing: Sharing,
+    limit: Limit,
 ) -> PMPOOutput:
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, inputs)
     denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), config)
     terms = Aggregation.of(config)
-    loss, stats, D = TrajectoryFunction.apply(whole.logp, whole.entropy, whole.inputs, denominator, terms)
+    loss, stats, D = TrajectoryFunction.apply(whole.logp, whole.entropy, whole.inputs, denominator, terms, limit)
     entropy = None if entropy is None else entropy.detach()
     return _output(loss, stats, D, logp.detach(), entropy, inputs)
 

@@ -109,9 +109,16 @@ class TrajectoryInputs(NamedTuple):
     impl: str
 
 
+class Limit(NamedTuple):
+    """Largest |dlogp| + entropy_factor |dentropy| of a token with which the gradient of what it comes from is finite."""
+
+    coefficient: float
+    entropy_factor: float = 1.0
+
+
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs, denominator, aggregation) -> (loss, stats, denominator); the loss is differentiable in logp and
-    entropy."""
+    """(logp, entropy, inputs, denominator, aggregation, limit) -> (loss, stats, denominator); the loss is differentiable in logp
+    and entropy, and is not finite beyond the limit."""
 
     @staticmethod
     def forward(
@@ -121,6 +128,7 @@ class TrajectoryFunction(torch.autograd.Function):
         inputs: TrajectoryInputs,
         denominator: Tensor | None,
         aggregation: Aggregation,
+        limit: Limit,
     ) -> tuple[Tensor, Tensor, Tensor]:
         i = inputs
         dlogp, dentropy, stats = stage("trajectory", i.impl)(
@@ -144,22 +152,21 @@ class TrajectoryFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.dtype = logp.dtype
         loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
-        # Terms beyond float32 can cancel in the float64 sum: a finite loss is only given with a finite gradient.
+        # What overflows further on, or cancels in the float64 sum, is not in the loss: a finite one is only given with a finite
+        # gradient.
         if dlogp.numel():
             largest = torch.linalg.vector_norm(dlogp, torch.inf)
             if dentropy.numel():
-                largest = torch.maximum(largest, torch.linalg.vector_norm(dentropy, torch.inf))
-            # that of the logits is larger by 1/temperature
-            largest = (largest / denominator / min(config.temperature, 1.0)).to(logp.dtype)
-            loss = torch.where(largest < torch.inf, loss, loss + torch.inf)
+                largest = largest + limit.entropy_factor * torch.linalg.vector_norm(dentropy, torch.inf)
+            loss = torch.where(largest / denominator <= limit.coefficient, loss, loss + torch.inf)
         return loss, stats, denominator
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 5
+            return (None,) * 6
         dlogp, dentropy, denominator = ctx.saved_tensors
         scale = grad_loss.double() / denominator
         dentropy = (dentropy * scale).to(ctx.dtype) if dentropy.numel() else None
-        return (dlogp * scale).to(ctx.dtype), dentropy, None, None, None
+        return (dlogp * scale).to(ctx.dtype), dentropy, *(None,) * 4

@@ -178,12 +178,16 @@ def moments(l: LogWeights, p: Tensor) -> Moments:
     )
 
 
+def nothing_left(l: LogWeights, p: Tensor) -> Tensor:
+    """(B,) bool: M_p = 0, because p <= 0 meets a zero weight or all weights are zero."""
+    return l.has_zero & ((p <= 0) | (l.seg.sum(l.alive.double()) == 0))
+
+
 def log_power_mean(l: LogWeights, p: Tensor, log_mean: Tensor) -> Tensor:
-    """log M_p of design 2.3 for any real p: the mean of log a at p = 0; -inf where p <= 0 meets a zero weight."""
+    """log M_p of design 2.3 for any real p: the mean of log a at p = 0; -inf where M_p = 0."""
     at_zero = p == 0
     value = l.mean + torch.where(at_zero, 0, log_mean / torch.where(at_zero, 1, p))
-    nothing_left = (l.has_zero & (p <= 0)) | (l.has_zero & (l.seg.sum(l.alive.double()) == 0))
-    return torch.where(nothing_left, -torch.inf, value)
+    return torch.where(nothing_left(l, p), -torch.inf, value)
 
 
 def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o: TrajectoryOptions) -> Tensor:
@@ -327,7 +331,7 @@ def trajectory(
         entropy_sum = seg.sum(torch.where(valid, entropy, 0).double())
         dentropy = -o.entropy_coef * per_token if o.entropy_coef else dentropy
 
-    ess = torch.where((l.tokens > 0) & ~(l.has_zero & (p <= 0)), k * torch.exp(-at.deficit), 0)
+    ess = torch.where((l.tokens > 0) & ~nothing_left(l, p), k * torch.exp(-at.deficit), 0)
     ratio = torch.where(valid, d.exp(), 0)
     rows = {
         "tokens": tokens,

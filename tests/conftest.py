@@ -11,9 +11,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import profiles
+from hypothesis import settings
+
 from pmpo_kernels import LossConfig
 from pmpo_kernels.verification import configurations
 
+settings.load_profile("ci")
 CONFIGURATIONS = configurations()
 
 
@@ -60,3 +64,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no GPU is visible to PyTorch"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if profiles.cases:
+        name = settings.get_current_profile_name()
+        terminalreporter.write_line(f"property tests: {profiles.cases.total()} generated cases, profile {name}")

@@ -223,7 +223,8 @@ def _trajectory_fwd_kernel(
     log_mean, deficit, _ = moments(p, mean, x_min, x_max, has_zero, k, start, stop, dlogp_ptr, BLOCK)
 
     log_m = mean + tl.where(p == 0, 0.0, log_mean / tl.where(p == 0, 1.0, p))
-    log_m = tl.where((has_zero & (p <= 0)) | (has_zero & (alive == 0)), -_INF, log_m)
+    nothing_left = has_zero & ((p <= 0) | (alive == 0))
+    log_m = tl.where(nothing_left, -_INF, log_m)
     clipped_m, m_below, m_above = _clip_log_ratio(
         log_m, A, scalar(sequence_low), scalar(sequence_high), scalar(sequence_dual), scalar(sequence_under)
     )
@@ -237,7 +238,7 @@ def _trajectory_fwd_kernel(
         -entropy_coef * weight / n, (has_entropy != 0) & (entropy_coef != 0), dlogp_ptr, dentropy_ptr, BLOCK,
     )  # fmt: skip
 
-    ess = tl.where((counted > 0) & ((has_zero & (p <= 0)) == 0), k * tl.exp(-deficit), 0.0)
+    ess = tl.where((counted > 0) & (nothing_left == 0), k * tl.exp(-deficit), 0.0)
     ess_target = tl.where(ess_rule[0] == _FIXED, ess, tl.where(counted > 0, k * tl.exp(-deficit_target), 0.0))
     low = tl.where(m_below, counted, low)
     high = tl.where(m_above, counted, high)
