@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pmpo_kernels import LossConfig, available_impls, cpp, pmpo_loss, solve_power
 from pmpo_kernels.config import TrajectoryOptions
+from pmpo_kernels.impls import default_impls
 from pmpo_kernels.ops import stage
 from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, STATS
 from pmpo_kernels.verification import make_case, verify
@@ -184,8 +185,10 @@ def test_reasons_why_it_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_it_the_reference_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(torch.float64, B=2, T=3, V=5)
     want = run(case, LossConfig.pmpo(), "reference")
+    assert default_impls()["CPU tensors"] == "cpp, the fastest"
     monkeypatch.setattr(cpp, "problem", "the C++ kernels are not built: no compiler")
     assert available_impls()["cpp"] == "the C++ kernels are not built: no compiler"
+    assert default_impls()["CPU tensors"] == "reference, slower, because the C++ kernels are not built: no compiler"
     got = run(case, LossConfig.pmpo(), None)
     same_bits(want[0], got[0])
     assert torch.equal(want[1], got[1])
