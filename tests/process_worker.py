@@ -79,7 +79,7 @@ def in_child(method: str, impls: list[str]) -> None:
         child.join()
     for impl, ours, theirs in zip(impls, want, found, strict=True):
         assert ours == theirs, f"{impl}: other bits in a child by {method}"
-        assert everything(impl) == ours
+        assert method == "spawn" or everything(impl) == ours  # a spawned child shares nothing that it could change
 
 
 def fork() -> None:
@@ -178,7 +178,7 @@ def interrupts(impl: str) -> None:
     ]
     calls += [(solver, "solve_power", "solve_power")] * (impl != "triton")
     want = {call: call() for call, _, _ in calls}
-    for delay in DELAYS[-2:] if slow else DELAYS:
+    for delay in DELAYS[-1:] if slow else DELAYS:
         for call, stage, function in calls:
             interrupt(call, stage, function, delay)
             assert call() == want[call], f"{call.__name__}: other bits after an interrupt {delay} s into {stage}"
