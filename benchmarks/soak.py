@@ -30,7 +30,7 @@ from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.report import wide_console
 from pmpo_kernels.impls import resolve_impl
 
-MOST_SAMPLES, FEWEST_SAMPLES, STEPS_A_SAMPLE = 200, 8, 80  # at least two samples a quarter
+MOST_SAMPLES, FEWEST_SAMPLES, STEPS_A_SAMPLE = 200, 8, 100  # at least two samples a quarter
 
 
 def figure(found: Soaked, title: str, path: Path) -> None:

@@ -185,6 +185,7 @@ def soak_in_fresh_process(told: Callable[[int], object], *arguments: Any) -> Soa
     try:
         while isinstance(found := receiver.recv(), int):
             told(found)
+        process.join()
         return Soaked(*found)
     except EOFError:
         process.join()

@@ -85,9 +85,7 @@ class TokenLogpFunction(torch.autograd.Function):
             ) from error
         args = (logits, token_ids, mask, row_max, row_sum, entropy, dlogp, dentropy, ctx.temperature)
         if ctx.inplace:
-            torch.autograd.graph.increment_version(
-                logits
-            )  # a second backward now raises, also after an interrupt of this one
+            torch.autograd.graph.increment_version(logits)  # a second backward raises, even if this one is interrupted
             stage("dlogits_", ctx.impl)(*args)
             return logits.detach(), *(None,) * 6
         return stage("dlogits", ctx.impl)(*args), *(None,) * 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
@@ -37,6 +38,15 @@ def skip_where_it_cannot(impl: str) -> None:
         pytest.skip(cpp.problem)
 
 
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns 500 times as often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
@@ -52,27 +62,25 @@ def calls(impl: str, device: str) -> list[list[bytes]]:
 
 
 @here
+@pytest.mark.usefixtures("switching")
 def test_calls_in_several_threads_at_once(impl: str) -> None:
     """Each thread makes all calls; switching often, the threads are in different ones."""
     skip_where_it_cannot(impl)
     device = "cuda" if impl == "triton" else "cpu"
     want = calls(impl, device)
-    interval, together = sys.getswitchinterval(), threading.Barrier(4)
+    together = threading.Barrier(4)
 
     def work(_: int) -> list[list[bytes]]:
         together.wait()
         return calls(impl, device)
 
-    try:
-        sys.setswitchinterval(1e-5)
-        with ThreadPoolExecutor(4) as pool:
-            several = list(pool.map(work, range(4)))
-    finally:
-        sys.setswitchinterval(interval)
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(work, range(4)))
     assert all(found == want for found in several)
 
 
 @here
+@pytest.mark.usefixtures("switching")
 def test_backward_in_another_thread(impl: str) -> None:
     """Several graphs over the same logits, each walked back in a thread that did not make it; inputs stay as they are."""
     skip_where_it_cannot(impl)
@@ -91,12 +99,13 @@ def test_backward_in_another_thread(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.usefixtures("switching")
 def test_the_solver_in_several_threads(impl: str) -> None:
     skip_where_it_cannot(impl)
-    cases = [torch.randn(8, 20 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    cases = [torch.randn(32, 500 + i, generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
     def solve(l: Tensor) -> Tensor:
-        return solve_power(l, torch.full((8,), 15.0), impl=impl)
+        return solve_power(l, torch.full((32,), 400.0), impl=impl)
 
     want = [solve(l) for l in cases]
     assert 0 < float(want[0].min()) < 1
