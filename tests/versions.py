@@ -1,7 +1,8 @@
 """Both ends of the supported versions: `make versions` installs each into an environment of its own and runs tests there.
 
 lowest: the oldest Python of pyproject.toml with the lower bound of every requirement. highest: the newest Python that is
-here with the newest of everything. What cannot be installed is reported as NOT TESTED; the exit code is 1 only for tests
+here with the newest of everything. beside: the lowest of every requirement that installs for this Python beside this PyTorch,
+in a minute, so that `make test` has it (as it has the newest, in its own environment). What cannot be installed is reported as NOT TESTED; the exit code is 1 only for tests
 that failed.
 """
 
@@ -14,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from email import message_from_string
+from importlib.metadata import requires
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,15 @@ CORE = [
     "cli",
 ]
 CORE += ["imports", "errors", "public_api", "security"]
+BESIDE = [
+    "config",
+    "stages",
+    "solver",
+    "schedules",
+    "cli",
+    "triton",
+    "public_api",
+]  # what uses numpy, Triton and typer most
 SLOW = "bench_ or test_build or sweep or gradcheck"  # left out: minutes each
 REPORT = """
 import json, platform, sys
@@ -54,10 +66,10 @@ class End:
     failed: bool = False
 
 
-def lower_bounds(source: Path) -> list[str]:
+def lower_bounds(requirements: Iterable[str]) -> list[str]:
     """`name==x` of each `name>=x`, without those of extras other than `test`."""
     found = {}
-    for line in message_from_string((source / "PKG-INFO").read_text()).get_all("Requires-Dist", []):
+    for line in requirements:
         requirement, _, marker = line.partition(";")
         bound = re.match(r"\s*([\w.-]+)\s*>=\s*([\w.]+)", requirement)
         if bound and ("extra" not in marker or re.search(r"extra == .test.", marker)):
@@ -104,7 +116,8 @@ def unpack_sdist(to: Path) -> Path:
 def install(end: End, python: str, folder: Path) -> Path:
     """An environment with the package, editable, so that its C++ kernels are built against that PyTorch."""
     source = unpack_sdist(folder)
-    wanted = lower_bounds(source) if end.name == "lowest" else ["torch", "triton", "numpy"]
+    required = message_from_string((source / "PKG-INFO").read_text()).get_all("Requires-Dist", [])
+    wanted = lower_bounds(required) if end.name == "lowest" else ["torch", "triton", "numpy"]
     run(python, "-m", "venv", folder / "venv")
     own = folder / "venv" / "bin" / "python"
     run(own, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
@@ -118,7 +131,49 @@ def install(end: End, python: str, folder: Path) -> Path:
     return source
 
 
+def lowest_wheels() -> list[str]:
+    """`name==x` of the lowest x with a wheel for this Python, of each requirement but PyTorch and the test tools."""
+    found = []
+    for bound in lower_bounds(requires("pmpo-kernels") or []):
+        name, _, lowest = bound.partition("==")
+        if name in ("torch", "pytest", "pytest-benchmark", "hypothesis"):
+            continue
+        command = [sys.executable, "-m", "pip", "index", "versions", "--only-binary", ":all:", "--json", name]
+        listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["versions"]
+        found.append(f"{name}=={min((v for v in listed if key(v) >= key(lowest)), key=key)}")
+    return found
+
+
+def key(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def check_beside(end: End) -> None:
+    """In a folder before the environment's own packages on the path: nothing of the environment changes."""
+    folder = FOLDER / end.name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        wanted = lowest_wheels()
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--target", folder]
+        run(*pip, "--no-deps", *wanted)
+    except (subprocess.CalledProcessError, OSError) as error:
+        end.result = f"NOT TESTED: could not be installed ({error})"
+        return
+    env = {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT], capture_output=True, text=True, check=True, env={**os.environ, **env}
+    )
+    end.found = json.loads(done.stdout)
+    assert all(
+        end.found[name] == version for name, _, version in (w.partition("==") for w in wanted) if name in end.found
+    )
+    run_tests(end, sys.executable, BESIDE, ROOT, folder / "tests.xml", env)
+
+
 def check(end: End, python: str | None) -> None:
+    if end.name == "beside":
+        check_beside(end)
+        return
     folder = FOLDER / end.name
     if python is None:
         end.result = "NOT TESTED: no interpreter"
@@ -130,20 +185,16 @@ def check(end: End, python: str | None) -> None:
     except (subprocess.CalledProcessError, OSError) as error:
         end.result = f"NOT TESTED: could not be installed ({error})"
         return
-    files = [f"tests/test_{name}.py" for name in CORE]
-    report = folder / "tests.xml"
-    command = [
-        folder / "venv" / "bin" / "python",
-        "-m",
-        "pytest",
-        "-q",
-        "-k",
-        f"not ({SLOW})",
-        f"--junitxml={report}",
-        *files,
-    ]
+    run_tests(end, folder / "venv" / "bin" / "python", CORE, source, folder / "tests.xml")
+
+
+def run_tests(
+    end: End, python: str | Path, names: list[str], cwd: Path, report: Path, env: dict[str, str] | None = None
+) -> None:
+    """Run tests and count them."""
+    command = [python, "-m", "pytest", "-q", "-k", f"not ({SLOW})", f"--junitxml={report}"]
     try:
-        run(*command, cwd=source)
+        run(*command, *(f"tests/test_{name}.py" for name in names), cwd=cwd, env=env)
     except subprocess.CalledProcessError as error:
         end.failed = True
         end.result = f"FAILED (exit code {error.returncode}): "
@@ -163,9 +214,9 @@ def newest() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """`versions.py [lowest] [highest]`, both where none is named."""
-    find = {"lowest": lambda: interpreter(OLDEST), "highest": newest}
-    ends = [End(name) for name in arguments or find]
+    """`versions.py [lowest] [highest] [beside]`, the first two where none is named."""
+    find = {"lowest": lambda: interpreter(OLDEST), "highest": newest, "beside": lambda: sys.executable}
+    ends = [End(name) for name in arguments or ("lowest", "highest")]
     for end in ends:
         check(end, find[end.name]())
     print()
