@@ -37,6 +37,7 @@ test: .venv/installed
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest
+	$(BIN)/python tests/versions.py beside
 	@if $(MAKE) --no-print-directory .venv-peers/installed; then $(MAKE) --no-print-directory peers; \
 	else echo "NOT TESTED: parity with TRL, verl and Liger, whose packages could not be installed (see above)"; fi
 
