@@ -48,6 +48,9 @@ def main(folder: Path) -> None:
     results = {f"{wrapping}, {preset}": gradients(wrapping, preset, folder) for wrapping, preset in CASES}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, folder / "gradients.pt")
+    torch.distributed.barrier()  # a connection must not close under another
+    sys.stdout.flush()
+    os._exit(0)  # all is saved; now and then a process aborts while PyTorch and the interpreter take their threads down
 
 
 if __name__ == "__main__":
