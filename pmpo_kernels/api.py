@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -189,7 +188,7 @@ def pmpo_loss(
         sharing.describe(logits.shape[-1], token_ids, inputs, D, (logits.dtype, config.temperature))
     sharing.check_token_ids(token_ids, inputs.mask)
     logp, entropy = _token_logp(logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts)
-    return _loss(logp, entropy, inputs, D, config, sharing, _limit(logits, config, sharing))
+    return _loss(logp, entropy, inputs, D, config, sharing, _limit_of_logits(logits.dtype, config))
 
 
 def pmpo_loss_from_logp(
@@ -247,8 +246,7 @@ def pmpo_loss_from_logp(
             impl=impl,
         )
         sharing.describe(0, logp, inputs, D, (logp.dtype, entropy is not None))
-    limit = Limit(min(torch.finfo(x.dtype).max for x in (logp, entropy) if x is not None))
-    out = _loss(logp, entropy, inputs, D, config, sharing, limit)
+    out = _loss(logp, entropy, inputs, D, config, sharing, _limit_of_logp(logp, entropy))
     if mask is None:
         return out
     keep = mask != 0
@@ -360,12 +358,22 @@ def linear_pmpo_loss(
     return out._replace(power=torch.where(skipped, torch.nan, out.power), ess=torch.where(skipped, torch.nan, out.ess))
 
 
-def _limit(logits: Tensor, config: LossConfig, sharing: Sharing) -> Limit:
+def _limit_of_logits(dtype: torch.dtype, config: LossConfig) -> Limit:
     """Of a token's coefficients, whose row of the gradient is a temperature-th of them: finite in the logits' dtype, and on the
-    way there, where `dlogits` has factors some hundred times the row. Entropy: |q (log q + H)| <= H <= log V."""
-    arithmetic = torch.finfo(compute_dtype(logits.dtype)).max
-    largest = min(torch.finfo(logits.dtype).max, arithmetic / 1024) * config.temperature
-    return Limit(min(arithmetic, largest), max(1.0, math.log(sharing.whole_vocabulary(logits.shape[-1]))))
+    way there, where `dlogits` has factors some hundred times the row. Entropy: |q (log q + H)| <= H <= log V < 22; a number,
+    because torch.compile would compile anew for each V."""
+    arithmetic = torch.finfo(compute_dtype(dtype)).max
+    largest = min(torch.finfo(dtype).max, arithmetic / 1024) * config.temperature
+    return Limit(min(arithmetic, largest), 22.0)
+
+
+def _limit_of_logp(logp: Tensor, entropy: Tensor | None) -> Limit:
+    """Each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
+    largest = torch.finfo(logp.dtype).max
+    if entropy is None:
+        return Limit(largest)
+    arithmetic = torch.finfo(compute_dtype(logp.dtype)).max
+    return Limit(largest, largest / min(arithmetic, torch.finfo(entropy.dtype).max))
 
 
 def _loss(

@@ -14,7 +14,8 @@ from pmpo_kernels.config import TEMPERATURE_RANGE, representable
 from pmpo_kernels.scalars import expect, is_count, is_number, is_one_of
 
 # asked once: torch.compile of PyTorch 2.10 cannot trace the question
-AUTOCAST_DEVICES = {name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)}
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
+AUTOCAST_DEVICES = {name for name in _DEVICES if torch.amp.is_autocast_available(name)}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -223,7 +223,8 @@ def _reward_statistics(rewards: Tensor) -> tuple[float, float]:
     if r.numel() == 0:
         raise ValueError(f"rewards: expected at least one, got shape {tuple(rewards.shape)}")
     checks.check_all("rewards", r, Tensor.isfinite, "finite numbers")
-    unit = r.abs().max().clamp(min=1)  # sums and squares of large numbers would overflow
+    # sums and squares of large numbers would overflow; a power of two divides without rounding, so that a mean of 0 stays 0
+    unit = torch.ldexp(torch.ones(()).double(), torch.frexp(r.abs().max().clamp(min=1)).exponent - 1)
     mean = float((r / unit).mean() * unit)
     if mean < 0:
         raise ValueError(f"rewards: expected a mean >= 0, got {mean}")

@@ -113,6 +113,19 @@ def agree(found: list[Tensor], want: list[Tensor]) -> None:
         assert (a - b).abs().max() <= 3e-13 * b.abs().max().clamp(min=1e-2)
 
 
+@pytest.mark.usefixtures("fresh")
+def test_other_vocabularies_are_not_compiled_again() -> None:
+    def loss(logits: Tensor, case: Case) -> Tensor:
+        return pmpo_loss(logits, case.token_ids % logits.shape[-1], *given(case)[1:]).loss
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    case = double(4, 7)
+    for V in (11, 24, 37, 50, 64):
+        logits = torch.linspace(-1, 1, 4 * 7 * V).double().view(4, 7, V).requires_grad_()
+        agree([compiled(logits, case)], [loss(logits, case)])
+    assert graphs() == 1
+
+
 # docs/pytorch.md says so: PyTorch 2.10 compiles the fused head for each value of a denominator that is a number
 once_a_number = pytest.mark.xfail(torch.__version__.startswith("2.10."), reason="PyTorch 2.10 compiles again")
 

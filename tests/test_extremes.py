@@ -60,6 +60,40 @@ def test_a_finite_loss_has_a_finite_gradient(
         assert bool(grad.isfinite().all()), (out.loss, grad)
 
 
+def test_an_entropy_of_fewer_bits_does_not_limit_the_loss(impl: str, device: str) -> None:
+    """Without entropy_coef it is there for the metrics; with it, its own gradient is what its dtype must hold."""
+    logp = torch.tensor([[13.0, 0.0]], device=device, requires_grad=True)  # d = 14 on one token: a gradient of 6e5
+    entropy = torch.ones(1, 2, dtype=torch.float16, device=device, requires_grad=True)
+    given = (torch.full((1, 2), -1.0, device=device), torch.ones(1, device=device))
+    losses = {}
+    for coefficient in (0.0, 1e4, 1e6):
+        config = LossConfig(power=1.0, clip="none", entropy_coef=coefficient)
+        losses[coefficient] = pmpo_loss_from_logp(logp, *given, entropy=entropy, config=config, impl=impl).loss
+    alone = pmpo_loss_from_logp(logp, *given, config=LossConfig(power=1.0, clip="none"), impl=impl).loss
+    assert losses[0.0] == alone
+    assert alone.isfinite()
+    assert alone < -1e5
+    (gradient,) = torch.autograd.grad(losses[1e4], entropy)
+    assert gradient.tolist() == [[-5000.0, -5000.0]]
+    assert not losses[1e6].isfinite()  # -5e5 is beyond float16
+
+
+def test_large_powers_in_fewer_bits(impl: str, device: str) -> None:
+    """1e30 as float32 and bfloat16 round it: the maximum of the ratios."""
+    logp = torch.tensor([[0.25, 0.0]], device=device).double()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        power = torch.full((1,), 1e30, dtype=dtype, device=device)
+        out = pmpo_loss_from_logp(
+            logp,
+            0 * logp,
+            torch.ones(1, device=device),
+            power=power,
+            config=LossConfig(power=1.0, clip="none"),
+            impl=impl,
+        )
+        assert out.loss.item() == pytest.approx(-math.exp(0.25), rel=1e-14)
+
+
 def test_large_log_ratio_is_clipped_before_exp(impl: str, device: str) -> None:
     """d = 400 with A > 0: bounded by the clip, zero gradient on that token, right gradient on the others."""
     logp = torch.tensor([[400.0, 0.0]], device=device, requires_grad=True)

@@ -49,8 +49,14 @@ def build(what: str, source: Path, to: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git tracks; of an unpacked sdist, everything."""
     copy = tmp_path_factory.mktemp("sources") / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    if not (ROOT / ".git").exists():
+        return shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0"):
+        if name and name[0] != "." and (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
     return copy
 
 

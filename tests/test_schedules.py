@@ -229,6 +229,15 @@ def test_group_advantages_of_large_and_infinite_rewards() -> None:
     assert found.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
 
 
+def test_apmpo_of_rewards_whose_mean_is_zero() -> None:
+    """Whole numbers, whose sum has no rounding: p is 1 - tanh(0) everywhere, no mean below 0 is seen."""
+    generator = torch.Generator().manual_seed(0)
+    for n in range(2, 200):
+        rewards = torch.randint(-9, 10, (n,), generator=generator).double()
+        rewards[-1] -= rewards.sum()
+        assert apmpo_power(rewards) == apmpo_power(torch.zeros(n))
+
+
 def test_apmpo_of_large_rewards() -> None:
     """Neither their sum nor their squares overflow: mean 1.2e308, standard deviation 0.4e308."""
     rewards = torch.tensor([1.6e308, 0.8e308], dtype=torch.float64)

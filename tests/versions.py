@@ -156,7 +156,7 @@ def check_beside(end: End) -> None:
         wanted = lowest_wheels()
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--target", folder]
         run(*pip, "--no-deps", *wanted)
-    except (subprocess.CalledProcessError, OSError) as error:
+    except (subprocess.CalledProcessError, OSError, ValueError) as error:  # ValueError: no wheel at all
         end.result = f"NOT TESTED: could not be installed ({error})"
         return
     env = {"PYTHONPATH": str(folder)}
