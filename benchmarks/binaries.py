@@ -29,7 +29,7 @@ from rich.progress import track
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pmpo_kernels.reference import STATS
+from pmpo_kernels.config import STATS
 from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, launch_config
 
 TARGETS = {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "power_mean.h"
+#include "stats.h"
 #include "tensors.h"
 
 namespace pmpo {
@@ -24,12 +25,6 @@ struct Options {
   }
 };
 enum Rule { FIXED, RELATIVE, ABSOLUTE, TARGET };  // `Options::rule`, as in config.py
-
-// Rows of the statistics, `STATS` of reference.py in its order.
-enum Stat {
-  TOKENS, WEIGHT, POLICY_LOSS, KL, ENTROPY, POWER, ESS, ESS_TARGET, CLIPPED_LOW, CLIPPED_HIGH, RATIO_SUM, RATIO_MAX,
-  APPROX_KL, NUM_STATS
-};
 
 // Token arrays (N,), nullptr where not given; the rest is one trajectory's.
 struct Inputs {

@@ -1,4 +1,4 @@
-"""From the statistics of the `trajectory` stage to the loss and the metrics: the one place where trajectories are averaged."""
+"""Stage `aggregate`: from the statistics of trajectories to the loss and the metrics. Here its specification, in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -7,82 +7,118 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import STATS
+from pmpo_kernels.config import STATS, LossConfig
+
+METRICS = (
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "ratio_mean",
+    "approx_kl",
+    "ref_kl",
+    "entropy",
+    "power_mean",
+    "ess",
+    "ess_target",
+    "policy_loss",
+    "tokens",
+    "trajectories",
+    "ratio_max",
+    "power_max",
+    "power_min",
+    "clip_fraction",
+)
+"""The metrics of the stage, in the order of every implementation."""
 
 
 class Aggregation(NamedTuple):
-    """What of a `LossConfig` decides here: an autograd Function under torch.compile of PyTorch 2.10 cannot take the dataclass."""
+    """What of a `LossConfig` the stage reads, as numbers."""
 
-    loss_agg_mode: str
+    by_tokens: float
     beta: float
     entropy_coef: float
 
     @classmethod
     def of(cls, config: LossConfig) -> Aggregation:
-        return cls(config.loss_agg_mode, config.beta, config.entropy_coef)
+        return cls(float(config.loss_agg_mode == "token-mean"), config.beta, config.entropy_coef)
 
 
-def default_denominator(tokens: Tensor, config: LossConfig | Aggregation) -> Tensor:
-    """D of design 2.6, 0-d float64, from each trajectory's tokens (B,) float64: their sum for "token-mean", else the
-    non-empty trajectories; at least 1."""
-    count = tokens if config.loss_agg_mode == "token-mean" else (tokens > 0).double()
-    return count.sum().clamp(min=1)
+def counts(tokens: Tensor, options: Aggregation) -> Tensor:
+    """What D adds up, (B,) float64: each trajectory's tokens for "token-mean", else 1 for one that has any."""
+    return tokens.double() if options.by_tokens else (tokens > 0).double()
 
 
-def total_loss(stats: Tensor, config: LossConfig | Aggregation, denominator: Tensor) -> Tensor:
+def default_denominator(tokens: Tensor, options: Aggregation) -> Tensor:
+    """D of design 2.6, 0-d float64, from each trajectory's tokens (B,); at least 1."""
+    return counts(tokens, options).sum().clamp(min=1)
+
+
+def total_loss(stats: Tensor, options: Aggregation, denominator: Tensor) -> Tensor:
     """Loss of design 2.6, 2.7, 0-d float64: (policy + beta KL - entropy_coef H), each weighted alike, over D."""
     row = dict(zip(STATS, stats.unbind(), strict=True))
     loss = (row["weight"] * row["policy_loss"]).sum()
-    for factor, term in ((config.beta, row["kl"]), (-config.entropy_coef, row["entropy"])):
+    for factor, term in ((options.beta, row["kl"]), (-options.entropy_coef, row["entropy"])):
         if factor:
             loss = loss + factor * (row["weight"] / row["tokens"].clamp(min=1) * term).sum()
     return loss / denominator
 
 
-def metrics(
+def aggregate(
     stats: Tensor,
-    denominator: Tensor,
-    *,
-    has_ref_logp: bool,
-    has_entropy: bool,
+    denominator: Tensor | None,
+    largest: Tensor | None,
+    skipped: Tensor | None,
+    limit: float,
+    entropy_factor: float,
+    options: Aggregation,
     dtype: torch.dtype,
-    skipped: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Detached 0-d tensors; means over tokens, or over non-empty trajectories for p and ESS. No host synchronisation.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss (), D () float64, metrics (M,) in the order of `METRICS`, clipped fraction of each trajectory (B,) float64); loss and
+    metrics in `dtype`. No host synchronisation.
 
-    `skipped` (B,): trajectories with A = 0 of which nothing but the tokens is known. Nothing of theirs is clipped; the other
-    means leave them out.
-    Few operations on whole rows: each is a kernel of its own on a GPU, and a dozen metrics one by one would be a hundred.
+    Of stats (S, B) float64; denominator () float64, None for that of these trajectories; largest () float64, the largest size of
+    D dlogp. Where that and `entropy_factor` times the largest of D dentropy are over D beyond `limit`, a gradient overflows, and
+    the loss is not finite either. `skipped` (B,)
+    bool: trajectories with A = 0 of which nothing but the tokens is known. Nothing of theirs is clipped; the other means
+    leave them out. Means are over tokens, those of p and ESS over non-empty trajectories.
     """
-    stats = stats.detach()
     row = dict(zip(STATS, stats.unbind(), strict=True))
-    some = row["tokens"] > 0
+    tokens, some = row["tokens"], row["tokens"] > 0
     known = some if skipped is None else some & ~skipped
-    known_tokens = row["tokens"] if skipped is None else torch.where(known, row["tokens"], 0)
-    means = [row["clipped_low"], row["clipped_high"], row["ratio_sum"], row["approx_kl"], row["kl"], row["entropy"]]
+    D = default_denominator(tokens, options) if denominator is None else denominator.clone()
+    loss = total_loss(stats, options, D).to(dtype)
+    if largest is not None:
+        a_token = torch.nn.functional.pad(row["weight"] / tokens.clamp(min=1), (0, 1))
+        largest = largest + entropy_factor * abs(options.entropy_coef) * a_token.amax()
+        loss = torch.where(largest / D <= limit, loss, loss + torch.inf)
+
+    def mean(x: Tensor, over: Tensor) -> Tensor:
+        return x.sum() / over.sum().clamp(min=1)
+
+    def maximum(x: Tensor) -> Tensor:  # 0 of none
+        return torch.where(
+            known.any(), torch.nn.functional.pad(x.where(known, -torch.inf), (0, 1), value=-torch.inf).amax(), 0
+        )
+
+    of_tokens = torch.where(known, tokens, 0)
     power = torch.where(known, row["power"], 0)
-    policy = row["weight"] * row["policy_loss"]
-    counted = [row["tokens"], some.double(), known_tokens, known.double()]
-    sums = torch.stack([*means, power, row["ess"], row["ess_target"], policy, *counted]).sum(1)
-    clips, per_token, per_trajectory, policy_sum, counts = sums.tensor_split((2, 6, 9, 10))
-    tokens, _, measured_tokens, measured = counts.clamp(min=1).unbind()
-    values = [
-        clips / tokens,
-        per_token / measured_tokens,
-        per_trajectory / measured,
-        policy_sum / denominator,
-        counts[:2],
-    ]
-    ends = torch.stack([row["ratio_max"], row["power"], -row["power"]]).where(known, -torch.inf)
-    if stats.shape[1]:
-        values.append(ends.amax(1).where(counts[3] > 0, 0))
-    else:
-        values.append(sums.new_zeros(3))
-    names = ("clip_fraction_low", "clip_fraction_high", "ratio_mean", "approx_kl", "ref_kl", "entropy", "power_mean",
-             "ess", "ess_target", "policy_loss", "tokens", "trajectories", "ratio_max", "power_max", "power_min")  # fmt: skip
-    out = dict(zip(names, torch.cat(values).to(dtype).unbind(), strict=True))
-    out["power_min"] = 0 - out["power_min"]  # of no trajectories 0, not -0
-    out["clip_fraction"] = out["clip_fraction_low"] + out["clip_fraction_high"]
-    absent = {"ref_kl": not has_ref_logp, "entropy": not has_entropy}
-    return {name: value for name, value in out.items() if not absent.get(name)}
+    low, high = mean(row["clipped_low"], tokens), mean(row["clipped_high"], tokens)
+    found = {
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
+        "ratio_mean": mean(row["ratio_sum"], of_tokens),
+        "approx_kl": mean(row["approx_kl"], of_tokens),
+        "ref_kl": mean(row["kl"], of_tokens),
+        "entropy": mean(row["entropy"], of_tokens),
+        "power_mean": mean(power, known.double()),
+        "ess": mean(row["ess"], known.double()),
+        "ess_target": mean(row["ess_target"], known.double()),
+        "policy_loss": (row["weight"] * row["policy_loss"]).sum() / D,
+        "tokens": tokens.sum(),
+        "trajectories": some.double().sum(),
+        "ratio_max": maximum(row["ratio_max"]),
+        "power_max": maximum(power),
+        "power_min": 0 - maximum(0 - power),  # 0, not -0
+        "clip_fraction": low + high,
+    }
+    clip_fraction = (row["clipped_low"] + row["clipped_high"]) / tokens.clamp(min=1)
+    return loss, D, torch.stack([found[name] for name in METRICS]).to(dtype), clip_fraction

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.aggregate import Aggregation, metrics
+from pmpo_kernels.aggregate import METRICS, Aggregation
 from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
 from pmpo_kernels.autograd import Limit, Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
 from pmpo_kernels.chunks import count_tokens
-from pmpo_kernels.config import LossConfig
+from pmpo_kernels.config import STATS, LossConfig
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.linear import LinearLossFunction
 from pmpo_kernels.projection import HeadOptions
-from pmpo_kernels.reference import STATS, compute_dtype
+from pmpo_kernels.reference import compute_dtype
 from pmpo_kernels.scalars import expect, is_one_of
 from pmpo_kernels.sharing import ALONE, Sharing, Split
 
@@ -347,14 +347,14 @@ def linear_pmpo_loss(
         head = HeadOptions(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
         sharing.describe(weight.shape[0], token_ids, inputs, D, (*head[:4], skips), tuple(wanted))
     sharing.check_token_ids(token_ids, inputs.mask)
-    loss, stats, D, logp, entropy = LinearLossFunction.apply(
+    loss, stats, found, clip_fraction, logp, entropy = LinearLossFunction.apply(
         hidden, weight, bias, token_ids, inputs, D, Aggregation.of(config), head, sharing
     )
     logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
+    out = _output(loss, stats, found, clip_fraction, logp, entropy, inputs)
     if not skips:
-        return _output(loss, stats, D, logp, entropy, inputs)
+        return out
     skipped = inputs.advantages == 0
-    out = _output(loss, stats, D, logp, entropy, inputs, skipped)
     return out._replace(power=torch.where(skipped, torch.nan, out.power), ess=torch.where(skipped, torch.nan, out.ess))
 
 
@@ -388,32 +388,27 @@ def _loss(
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, inputs)
-    denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), config)
     terms = Aggregation.of(config)
-    loss, stats, D = TrajectoryFunction.apply(whole.logp, whole.entropy, whole.inputs, denominator, terms, limit)
+    denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), terms)
+    loss, stats, found, clip_fraction = TrajectoryFunction.apply(
+        whole.logp, whole.entropy, whole.inputs, denominator, terms, limit
+    )
     entropy = None if entropy is None else entropy.detach()
-    return _output(loss, stats, D, logp.detach(), entropy, inputs)
+    return _output(loss, stats, found, clip_fraction, logp.detach(), entropy, inputs)
 
 
 def _output(
     loss: Tensor,
     stats: Tensor,
-    denominator: Tensor,
+    metrics: Tensor,
+    clip_fraction: Tensor,
     logp: Tensor,
     entropy: Tensor | None,
     inputs: TrajectoryInputs,
-    skipped: Tensor | None = None,
 ) -> PMPOOutput:
+    absent = {"ref_kl": inputs.ref_logp is None, "entropy": entropy is None}
+    found = {name: x for name, x in zip(METRICS, metrics.unbind(), strict=True) if not absent.get(name)}
     row = dict(zip(STATS, stats.unbind(), strict=True))
-    found = metrics(
-        stats,
-        denominator,
-        has_ref_logp=inputs.ref_logp is not None,
-        has_entropy=entropy is not None,
-        dtype=loss.dtype,
-        skipped=skipped,
-    )
-    clip_fraction = (row["clipped_low"] + row["clipped_high"]) / row["tokens"].clamp(min=1)
     return PMPOOutput(loss, found, logp, entropy, row["power"], row["ess"], clip_fraction)
 
 

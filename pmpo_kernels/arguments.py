@@ -132,12 +132,14 @@ def _check_values(
     denominator: Tensor | None,
 ) -> None:
     """The ranges of tensors whose bad values would only show in the loss, or not at all."""
-    for unread in (mask, policy_mask):
-        if rollout_weights is not None and unread is not None:
-            rollout_weights = torch.where(unread, rollout_weights, 0)
-    checks.check_all(
-        "rollout_weights", rollout_weights, lambda v: (v >= 0) & v.isfinite(), "finite weights >= 0 where mask is true"
-    )
+
+    def good_weights(v: Tensor) -> Tensor:
+        good = (v >= 0) & v.isfinite()
+        for read in (mask, policy_mask):
+            good = good if read is None else good | ~read
+        return good
+
+    checks.check_all("rollout_weights", rollout_weights, good_weights, "finite weights >= 0 where mask is true")
     # in float64, because float16 has no 1e30 but infinity; 1e30 as bfloat16 and float32 round it, too
     largest = POWER_LIMIT * (1 + torch.finfo(torch.bfloat16).eps / 2)
     checks.check_all("power", power, lambda p: p.double().abs() <= largest, "numbers from -1e30 to 1e30")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation
 from pmpo_kernels.config import TrajectoryOptions
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import STATS
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,8 +114,8 @@ class Limit(NamedTuple):
 
 
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs, denominator, aggregation, limit) -> (loss, stats, denominator); the loss is differentiable in logp
-    and entropy, and is not finite beyond the limit."""
+    """(logp, entropy, inputs, denominator, aggregation, limit) -> (loss, stats, metrics, clip fractions); the loss is
+    differentiable in logp and entropy, and is not finite beyond the limit."""
 
     @staticmethod
     def forward(
@@ -127,7 +126,7 @@ class TrajectoryFunction(torch.autograd.Function):
         denominator: Tensor | None,
         aggregation: Aggregation,
         limit: Limit,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         i = inputs
         dlogp, dentropy, stats = stage("trajectory", i.impl)(
             logp,
@@ -143,21 +142,17 @@ class TrajectoryFunction(torch.autograd.Function):
             i.policy_mask,
             list(i.options),
         )
-        tokens = stats[STATS.index("tokens")]
-        denominator = default_denominator(tokens, aggregation) if denominator is None else denominator.clone()
-        ctx.save_for_backward(dlogp, dentropy, denominator)
-        ctx.mark_non_differentiable(stats, denominator)
-        ctx.set_materialize_grads(False)
-        ctx.dtype = logp.dtype
-        loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
         # What overflows further on, or cancels in the float64 sum, is not in the loss: a finite one is only given with a finite
         # gradient.
-        if dlogp.numel():
-            largest = torch.linalg.vector_norm(dlogp, torch.inf)
-            if dentropy.numel():
-                largest = largest + limit.entropy_factor * torch.linalg.vector_norm(dentropy, torch.inf)
-            loss = torch.where(largest / denominator <= limit.coefficient, loss, loss + torch.inf)
-        return loss, stats, denominator
+        largest = torch.linalg.vector_norm(dlogp, torch.inf) if dlogp.numel() else None
+        loss, denominator, metrics, clip_fraction = stage("aggregate", i.impl)(
+            stats, denominator, largest, None, *limit, list(aggregation), logp.dtype
+        )
+        ctx.save_for_backward(dlogp, dentropy, denominator)
+        ctx.mark_non_differentiable(stats, metrics, clip_fraction)
+        ctx.set_materialize_grads(False)
+        ctx.dtype = logp.dtype
+        return loss, stats, metrics, clip_fraction
 
     @staticmethod
     @first_order
@@ -165,6 +160,9 @@ class TrajectoryFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 6
         dlogp, dentropy, denominator = ctx.saved_tensors
-        scale = grad_loss.double() / denominator
-        dentropy = (dentropy * scale).to(ctx.dtype) if dentropy.numel() else None
-        return (dlogp * scale).to(ctx.dtype), dentropy, *(None,) * 4
+        scale = grad_loss / denominator  # float64
+
+        def scaled(gradient: Tensor) -> Tensor:
+            return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=ctx.dtype))
+
+        return scaled(dlogp), scaled(dentropy) if dentropy.numel() else None, *(None,) * 4

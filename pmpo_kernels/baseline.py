@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import STATS, trajectory
+from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.reference import trajectory
 
 
 def eager_token_logp(

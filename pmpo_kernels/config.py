@@ -45,6 +45,23 @@ class TrajectoryOptions(NamedTuple):
     entropy_coef: float
 
 
+STATS = (
+    "tokens",
+    "weight",
+    "policy_loss",
+    "kl",
+    "entropy",
+    "power",
+    "ess",
+    "ess_target",
+    "clipped_low",
+    "clipped_high",
+    "ratio_sum",
+    "ratio_max",
+    "approx_kl",
+)
+"""Rows of the `trajectory` stage's statistics (S, B) float64, in every implementation; sums over a trajectory's tokens."""
+
 TEMPERATURE_RANGE = "a number from 1e-30 to 1e30"
 POWER_LIMIT = 1e30  # beyond it p^2 and p log a overflow float64
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation, default_denominator
 from pmpo_kernels.autograd import TrajectoryInputs, first_order
 from pmpo_kernels.checks import check_token_ids
 from pmpo_kernels.chunks import Work, count_tokens, default_chunk_tokens, find_work, first, pack
-from pmpo_kernels.config import TrajectoryOptions
+from pmpo_kernels.config import STATS, TrajectoryOptions
 from pmpo_kernels.ops import LIBRARY, stage
 from pmpo_kernels.projection import HeadOptions, Projection, row_bytes, zero_gradients
-from pmpo_kernels.reference import STATS, compute_dtype
+from pmpo_kernels.reference import compute_dtype
 from pmpo_kernels.sharing import ALONE, Sharing
 
 SCALE_BLOCK = 2**22  # elements of a 16-bit gradient that are scaled in float32 at a time
@@ -264,8 +264,8 @@ def scales_nothing(grad_loss: Tensor) -> bool:
 
 
 class LinearLossFunction(torch.autograd.Function):
-    """(hidden, weight, bias, token_ids, inputs, denominator, aggregation, head, sharing) -> (loss, stats, denominator, logp,
-    entropy); the loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass
+    """(hidden, weight, bias, token_ids, inputs, denominator, aggregation, head, sharing) -> (loss, stats, metrics, clip fractions,
+    logp, entropy); the loss is differentiable in the first three, whose gradients the forward pass computes and the backward pass
     scales."""
 
     @staticmethod
@@ -283,7 +283,7 @@ class LinearLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         denominator = sharing.denominator(denominator, lambda: sharing.whole_lengths(count_tokens(inputs)), aggregation)
         if denominator is None:
-            denominator = default_denominator(sharing.whole_lengths(count_tokens(inputs)).double(), aggregation)
+            denominator = default_denominator(sharing.whole_lengths(count_tokens(inputs)), aggregation)
         denominator = denominator.clone()
         arguments = (hidden, weight, bias, token_ids, *pack_arguments(inputs, denominator, head))
         if sharing is ALONE:
@@ -299,16 +299,19 @@ class LinearLossFunction(torch.autograd.Function):
             g if dtype in (None, torch.float16) else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(stats, denominator, logp, entropy)
+        skipped = inputs.advantages == 0 if head.skip_zero_advantage else None
+        loss, _, metrics, clip_fraction = stage("aggregate", inputs.impl)(
+            stats, denominator, None, skipped, torch.inf, 0.0, list(aggregation), logp.dtype
+        )
+        ctx.mark_non_differentiable(stats, metrics, clip_fraction, logp, entropy)
         ctx.set_materialize_grads(False)
-        loss = total_loss(stats, aggregation, denominator).to(logp.dtype)
         # a finite loss is only given with finite gradients
         finite = [(largest / denominator).to(logp.dtype) < torch.inf]
         for g, dtype in zip(gradients, ctx.dtypes, strict=True):
             if dtype is not None and g.numel():
                 finite.append(torch.linalg.vector_norm(g, torch.inf) <= torch.finfo(dtype).max)
         loss = torch.where(sharing.everywhere(torch.stack(finite).all()), loss, loss + torch.inf)
-        return loss, stats, denominator, logp, entropy
+        return loss, stats, metrics, clip_fraction, logp, entropy
 
     @staticmethod
     @first_order

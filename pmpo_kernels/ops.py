@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pmpo_kernels.aggregate import METRICS, Aggregation
 from pmpo_kernels.checks import FLOATS, check_cu_seqlens, check_token_ids
-from pmpo_kernels.config import TrajectoryOptions
-from pmpo_kernels.reference import STATS, compute_dtype
+from pmpo_kernels.config import STATS, TrajectoryOptions
+from pmpo_kernels.reference import compute_dtype
 
 SCHEMAS = {
     "token_logp": "(Tensor logits, Tensor token_ids, Tensor? mask, float temperature)"
@@ -25,6 +26,8 @@ SCHEMAS = {
     " Tensor? ref_logp, Tensor? rollout_weights, Tensor? entropy, Tensor? power, Tensor? target_ess,"
     " Tensor? policy_mask, float[] options)"
     " -> (Tensor dlogp, Tensor dentropy, Tensor stats)",
+    "aggregate": "(Tensor stats, Tensor? denominator, Tensor? largest, Tensor? skipped, float limit, float entropy_factor,"
+    " float[] options, ScalarType dtype) -> (Tensor loss, Tensor denominator, Tensor metrics, Tensor clip_fraction)",
     "dlogits": "(Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> Tensor",
     "dlogits_": "(Tensor(a!) logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"
@@ -35,8 +38,8 @@ SCHEMAS = {
 NAMES = {name: re.findall(r"(\w+)[,)]", schema.partition(" -> ")[0]) for name, schema in SCHEMAS.items()}
 OF_TOKENS = {"mask", "old_logp", "ref_logp", "rollout_weights", "policy_mask", "entropy"}
 OF_TOKENS |= {"row_max", "row_sum", "dlogp", "dentropy"}
-OF_TRAJECTORIES = {"advantages", "power", "target_ess"}
-STAGES = ("token_logp", "trajectory", "dlogits", "dlogits_")
+OF_TRAJECTORIES = {"advantages", "power", "target_ess", "skipped"}
+STAGES = ("token_logp", "trajectory", "aggregate", "dlogits", "dlogits_")
 
 
 class Implementation(NamedTuple):
@@ -71,6 +74,11 @@ def _trajectory_fake(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _aggregate_fake(stats: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, metrics = (stats.new_empty(size, dtype=args[-1]) for size in ((), (len(METRICS),)))
+    return loss, stats.new_empty(()), metrics, stats.new_empty(stats.shape[1])
+
+
 def empty_gradient(logits: Tensor, *args: Any) -> Tensor:
     """Room for the gradient of logits (B, S, V), each row in one piece; strides like those of the logits if possible."""
     out = torch.empty_like(logits)  # of rows that overlap in memory it may permute the dimensions
@@ -85,6 +93,7 @@ def _solve_power_fake(log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tens
 FAKES: dict[str, Callable[..., Any]] = {
     "token_logp": _token_logp_fake,
     "trajectory": _trajectory_fake,
+    "aggregate": _aggregate_fake,
     "dlogits": empty_gradient,
     "dlogits_": lambda *args: None,
     "solve_power": _solve_power_fake,
@@ -111,13 +120,19 @@ def check_operands(name: str, args: tuple[Any, ...]) -> None:
             raise ValueError(f"logits: expected stride 1 in the vocabulary dimension, got strides {first.stride()}")
     tokens = given["token_ids"].numel() if "logits" in given else first.numel()
     trajectories = given["cu_seqlens"].numel() - 1 if "cu_seqlens" in given else 0
+    if "stats" in given:
+        if first.dim() != 2 or first.shape[0] != len(STATS) or first.dtype != torch.float64:
+            raise ValueError(
+                f"stats: expected float64 of shape ({len(STATS)}, B), got {first.dtype} {tuple(first.shape)}"
+            )
+        trajectories = first.shape[1]
     for argument, x in given.items():
         if not isinstance(x, Tensor):
             continue
         wanted = tokens if argument in OF_TOKENS else trajectories if argument in OF_TRAJECTORIES else x.numel()
         if x.numel() != wanted:
             raise ValueError(f"{argument}: expected {wanted} elements, got {x.numel()}")
-        if argument.endswith("mask") and x.dtype != torch.bool:
+        if argument.endswith(("mask", "skipped")) and x.dtype != torch.bool:
             raise ValueError(f"{argument}: expected dtype bool, got {x.dtype}")
         if x.device != first.device:
             raise ValueError(f"{argument}: expected a tensor on {first.device}, got one on {x.device}")
@@ -131,6 +146,8 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
     if name == "trajectory":
         check_cu_seqlens(args[4], args[0].numel())
         args = (*args[:-1], TrajectoryOptions(*args[-1]))
+    if name == "aggregate":
+        args = (*args[:-2], Aggregation(*args[-2]), args[-1])
     if name == "solve_power":
         check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)

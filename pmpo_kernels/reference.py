@@ -3,6 +3,7 @@
     logits --token_logp--> logp, row_max, row_sum, entropy
     logp   --trajectory--> stats (policy loss, p, ESS, ...), dlogp, dentropy
     logits --dlogits-----> gradient of the logits
+    stats  --aggregate---> loss, metrics
 
 Every function but `newton`, `solve_power` and the two gradients is differentiable by autograd, which is how the gradients written
 out here (and in C++ and Triton, in the same order with the same names) are tested. Values are selected before `exp`,
@@ -16,27 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.config import ABSOLUTE, FIXED, TARGET, TrajectoryOptions
+from pmpo_kernels.aggregate import aggregate as aggregate
+from pmpo_kernels.config import ABSOLUTE, FIXED, STATS, TARGET, TrajectoryOptions
 
 MAX_NEWTON_ITERATIONS = 20
 NEWTON_TOLERANCE = 1e-10
-
-STATS = (
-    "tokens",
-    "weight",
-    "policy_loss",
-    "kl",
-    "entropy",
-    "power",
-    "ess",
-    "ess_target",
-    "clipped_low",
-    "clipped_high",
-    "ratio_sum",
-    "ratio_max",
-    "approx_kl",
-)
-"""Rows of the `trajectory` stage's statistics (S, B) float64, in every implementation; sums over a trajectory's tokens."""
 
 
 ELSEWHERE = -(2**31)

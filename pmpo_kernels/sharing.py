@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pmpo_kernels.aggregate import Aggregation
 from pmpo_kernels.autograd import Parts, TrajectoryInputs
-from pmpo_kernels.config import LossConfig
 
 Split = Literal["contiguous", "zigzag"]
 
@@ -57,9 +56,7 @@ class Sharing:
         """Response tokens of whole trajectories (B,) from those of this rank's part."""
         return tokens
 
-    def denominator(
-        self, given: Tensor | None, tokens: Callable[[], Tensor], config: LossConfig | Aggregation
-    ) -> Tensor | None:
+    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], options: Aggregation) -> Tensor | None:
         """D of the trajectories of all ranks, from the tokens (B,) of this one's whole ones; None for those at hand."""
         return given
 

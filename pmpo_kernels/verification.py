@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import reference
-from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
 from pmpo_kernels.api import pmpo_loss
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import STATS
+from pmpo_kernels.config import STATS, LossConfig
 
 
 class Case(NamedTuple):
@@ -84,8 +83,9 @@ def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracl
         None,
         config.trajectory_options(has_power=power is not None, has_target_ess=False),
     )
-    denominator = default_denominator(stats.detach()[STATS.index("tokens")], config)
-    loss = total_loss(stats, config, denominator)
+    terms = Aggregation.of(config)
+    denominator = default_denominator(stats.detach()[STATS.index("tokens")], terms)
+    loss = total_loss(stats, terms, denominator)
     (grad,) = torch.autograd.grad(loss, z)
     row = dict(zip(STATS, stats.detach().abs(), strict=True))
     per_token = row["weight"] / row["tokens"].clamp(min=1)

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.config import STATS
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import STATS
 from pmpo_kernels.verification import Case, make_case, oracle, row_sum_tolerance, three_part_error, tolerance
 
 

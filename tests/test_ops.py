@@ -9,6 +9,7 @@ from head_cases import head_case
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, reference
 from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.config import STATS
 from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS, stage
 from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.verification import make_case
@@ -24,6 +25,10 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
         offsets = torch.arange(5, device=device) * 4
         flat = [t.flatten() for t in (logp, case.old_logp, case.mask, case.ref_logp, case.rollout_weights, entropy)]
         return flat[0], flat[1], case.advantages, flat[2], offsets, *flat[3:], None, None, flat[2], list(options)
+    if name == "aggregate":
+        stats = torch.rand(len(STATS), 4, dtype=torch.float64, device=device)
+        D, largest = stats.new_tensor(3.0), stats.new_tensor(0.5)
+        return stats, D, largest, case.advantages == 0, 1.0, 22.0, [1.0, 0.1, 0.01], reference.compute_dtype(dtype)
     if name == "solve_power":
         l = (logp - case.old_logp).double().flatten()
         return l, case.mask.flatten(), torch.arange(5, device=device) * 4, torch.full((4,), 3.9).double(), 1.0

@@ -11,7 +11,8 @@ from conftest import CONFIGURATIONS
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, pmpo_loss_from_logp, reference
-from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.config import STATS
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -239,9 +240,10 @@ def test_gradcheck(name: str, features: str) -> None:
             policy,
             options,
         )
-        denominator = default_denominator(stats.detach()[reference.STATS.index("tokens")], config)
+        terms = Aggregation.of(config)
+        denominator = default_denominator(stats.detach()[STATS.index("tokens")], terms)
         return (
-            total_loss(stats, config, denominator),
+            total_loss(stats, terms, denominator),
             dlogp / denominator,
             dentropy / denominator,
             stats,
@@ -250,7 +252,7 @@ def test_gradcheck(name: str, features: str) -> None:
             entropy,
         )
 
-    power = run(logits, None)[3][reference.STATS.index("power")].detach()
+    power = run(logits, None)[3][STATS.index("power")].detach()
     if not config.kl_straight_through:  # whose gradient is another's, on purpose
         assert torch.autograd.gradcheck(lambda z: run(z, power)[0], logits, eps=1e-6, atol=1e-8, rtol=1e-6)
     loss, dlogp, dentropy, _, row_max, row_sum, entropy = run(logits, power)

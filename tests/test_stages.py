@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from conftest import CONFIGURATIONS
 from torch import Tensor
 
 from pmpo_kernels import reference
+from pmpo_kernels.aggregate import METRICS, Aggregation
+from pmpo_kernels.config import STATS
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import STATS
 from pmpo_kernels.verification import Case, make_case
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -81,6 +83,99 @@ def test_trajectory(impl: str, device: str, dtype: torch.dtype, name: str, optio
         assert torch.allclose(a, b, rtol=100 * 64 * u64, atol=64 * u64), key
     assert torch.allclose(dlogp, want_dlogp, rtol=100 * 64 * u64, atol=64 * u64)
     assert torch.allclose(dentropy, want_dentropy, rtol=4 * u64, atol=0)
+
+
+def random_stats(B: int, device: str) -> Tensor:
+    """Statistics of B trajectories, every third one empty, some p below 0."""
+    random = torch.Generator().manual_seed(B)
+    stats = torch.rand(len(STATS), B, generator=random, dtype=torch.float64)
+    row = dict(zip(STATS, stats, strict=True))
+    row["tokens"].copy_(torch.randint(1, 50, (B,), generator=random))
+    row["power"].sub_(0.5)
+    stats[:, 2::3] = 0
+    return stats.to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("B", [0, 1, 3, 1100])
+@pytest.mark.parametrize("options", [(0.0, 0.0, 0.0), (1.0, 0.1, 0.2)])
+@pytest.mark.parametrize("optional", [True, False])
+def test_aggregate(
+    impl: str, device: str, dtype: torch.dtype, B: int, options: tuple[float, ...], optional: bool
+) -> None:
+    """Sums of B positive float64 numbers in another order, then one rounding to `dtype`."""
+    stats = random_stats(B, device)
+    given = (stats.new_tensor(3.5), stats.new_tensor(2.0), torch.arange(B, device=device) % 2 == 0)
+    args = (stats, *(given if optional else (None,) * 3), 1.0, 0.5, list(options), dtype)
+    got, want = stage("aggregate", impl)(*args), reference.aggregate(*args[:-2], Aggregation(*options), dtype)
+    rtol = (B + 8) * torch.finfo(torch.float64).eps + torch.finfo(dtype).eps
+    for a, b in zip(got, want, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        # policy_loss and the loss are differences of positive sums, at worst a tenth of them
+        assert torch.allclose(a, b, rtol=10 * rtol, atol=0)
+
+
+def test_aggregate_by_hand(impl: str, device: str) -> None:
+    """Three trajectories, one empty, one skipped."""
+    columns = {
+        "tokens": (4, 0, 2), "weight": (1, 0, 1), "policy_loss": (-3, 0, 1), "kl": (2, 0, 4), "entropy": (8, 0, 6),
+        "power": (-0.5, 0.25, 0.75), "ess": (3, 0, 2), "ess_target": (2, 0, 1), "clipped_low": (1, 0, 0),
+        "clipped_high": (1, 0, 1), "ratio_sum": (5, 0, 3), "ratio_max": (2, 0, 1.75), "approx_kl": (1, 0, 0.5),
+    }  # fmt: skip
+    stats = torch.tensor([columns[name] for name in STATS], dtype=torch.float64, device=device)
+    loss, D, metrics, clip_fraction = stage("aggregate", impl)(
+        stats, None, stats.new_tensor(4.0), None, 2.0, 0.0, [0.0, 0.5, 0.1], torch.float64
+    )
+    assert float(D) == 2
+    # (-3 + 1) + 0.5 (2/4 + 4/2) - 0.1 (8/4 + 6/2), over D = 2
+    assert float(loss) == pytest.approx((-2 + 0.5 * 2.5 - 0.1 * 5) / 2, rel=1e-15)
+    assert clip_fraction.tolist() == [0.5, 0, 0.5]
+    want = {
+        "clip_fraction_low": 1 / 6, "clip_fraction_high": 2 / 6, "ratio_mean": 8 / 6, "approx_kl": 1.5 / 6, "ref_kl": 1.0,
+        "entropy": 14 / 6, "power_mean": 0.125, "ess": 2.5, "ess_target": 1.5, "policy_loss": -1.0, "tokens": 6.0,
+        "trajectories": 2.0, "ratio_max": 2.0, "power_max": 0.75, "power_min": -0.5, "clip_fraction": 0.5,
+    }  # fmt: skip
+    assert dict(zip(METRICS, metrics.tolist(), strict=True)) == pytest.approx(want, rel=1e-15)
+    skipped = torch.tensor([False, False, True], device=device)
+    by_tokens = [1.0, 0.0, 0.0]
+    loss, D, metrics, _ = stage("aggregate", impl)(stats, None, None, skipped, 0.0, 0.0, by_tokens, torch.float64)
+    assert (float(D), float(loss)) == (6, pytest.approx(-2 / 6, rel=1e-15))
+    found = dict(zip(METRICS, metrics.tolist(), strict=True))
+    assert (found["tokens"], found["trajectories"], found["clip_fraction"]) == (6, 2, pytest.approx(0.5))
+    assert (found["power_mean"], found["power_max"], found["power_min"]) == (-0.5, -0.5, -0.5)
+    assert (found["ratio_mean"], found["ratio_max"], found["ess"]) == (8 / 4, 2, 5)
+
+
+def test_aggregate_keeps_nan_and_the_limit(impl: str, device: str) -> None:
+    stats = random_stats(5, device)
+    row = dict(zip(STATS, stats, strict=True))
+    run = stage("aggregate", impl)
+    no_terms = [0.0, 0.0, 0.0]
+    for largest, limit, finite in ((8.0, 2.0, True), (8.1, 2.0, False), (math.nan, 2.0, False), (math.inf, 2.0, False)):
+        loss, *_ = run(
+            stats, stats.new_tensor(4.0), stats.new_tensor(largest), None, limit, 0.0, no_terms, torch.float32
+        )
+        assert bool(loss.isfinite()) == finite, largest
+    # the entropy's coefficient, of 2 (largest) + 22 (factor) x 0.1 (its weight) x weight / tokens
+    with_entropy = [0.0, 0.0, -0.1]
+    most = float(2 + 22 * 0.1 * (row["weight"] / row["tokens"].clamp(min=1)).max()) / 4
+    for limit, finite in ((1.001 * most, True), (0.999 * most, False)):
+        loss, *_ = run(
+            stats, stats.new_tensor(4.0), stats.new_tensor(2.0), None, limit, 22.0, with_entropy, torch.float32
+        )
+        assert bool(loss.isfinite()) == finite, limit
+    # terms that are not asked for may be anything
+    row["kl"].fill_(math.nan)
+    row["entropy"][0] = math.inf
+    assert bool(run(stats, None, None, None, 1.0, 0.0, no_terms, torch.float32)[0].isfinite())
+    for name in ("ratio_sum", "ratio_max", "power", "policy_loss"):
+        row[name][1] = math.nan
+    loss, _, metrics, _ = run(stats, None, None, None, 1.0, 0.0, no_terms, torch.float32)
+    found = dict(zip(METRICS, metrics.tolist(), strict=True))
+    assert bool(loss.isnan())
+    for name in ("ratio_mean", "ratio_max", "power_mean", "power_max", "power_min", "policy_loss", "ref_kl"):
+        assert math.isnan(found[name]), name
+    assert found["entropy"] == math.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import reference
-from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
 from pmpo_kernels.benchmarking.inputs import Inputs, chunks, flat_trajectory
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import STATS
+from pmpo_kernels.config import STATS, LossConfig
 from pmpo_kernels.verification import Oracle, ThreePartError, error_bound, three_part_error
 
 
@@ -62,14 +61,15 @@ def exact(inputs: Inputs, config: LossConfig) -> Exact:
     dlogp, _, stats = flat_trajectory(
         logp.view(inputs.mask.shape), inputs.old_logp, inputs.advantages, inputs.mask, config
     )
-    denominator = default_denominator(stats[STATS.index("tokens")], config)
+    terms = Aggregation.of(config)
+    denominator = default_denominator(stats[STATS.index("tokens")], terms)
     row = dict(zip(STATS, stats, strict=True))
     return Exact(
         row_max,
         row_sum,
         entropy,
         dlogp / denominator,
-        float(total_loss(stats, config, denominator)),
+        float(total_loss(stats, terms, denominator)),
         float((row["weight"] * row["policy_loss"]).abs().sum() / denominator),
         largest / config.temperature,
         float(row["power"].abs().max()),

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
 from pmpo_kernels.benchmarking.head import HeadInputs, accumulation, exact_logits, logp_error
 from pmpo_kernels.benchmarking.inputs import chunks, flat_trajectory
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import STATS
+from pmpo_kernels.config import STATS, LossConfig
 
 
 class HeadExact(NamedTuple):
@@ -54,7 +53,8 @@ def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
     i = inputs
     dlogp, _, stats = flat_trajectory(i.pad(i.logp), i.pad(i.old_logp.double()), i.advantages, i.mask, config)
     row = dict(zip(STATS, stats, strict=True))
-    denominator = default_denominator(row["tokens"], config)
+    terms = Aggregation.of(config)
+    denominator = default_denominator(row["tokens"], terms)
     g = dlogp.view(i.mask.shape)[i.mask] / denominator
     acting = g.nonzero()[:, 0]
     h, ids, g = i.hidden[acting], i.token_ids[acting], g[acting]
@@ -78,7 +78,7 @@ def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
         hidden_scale,
         weight_scale,
         torch.zeros(V, dtype=torch.bool, device=head.device).index_fill_(0, ids, True),
-        float(total_loss(stats, config, denominator)),
+        float(total_loss(stats, terms, denominator)),
         float((row["weight"] * row["policy_loss"]).abs().sum() / denominator),
         largest,
         float(row["power"].abs().max()),

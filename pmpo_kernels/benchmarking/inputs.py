@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.reference import STATS, trajectory
+from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.reference import trajectory
 
 CHUNK_ELEMENTS = 2**25  # 256 MiB in float64, the unit of everything that is computed in float64
 PEAKS = 16  # likely tokens of a row

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmpo_kernels import checks
-from pmpo_kernels.aggregate import Aggregation
+from pmpo_kernels.aggregate import Aggregation, counts
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, mark, size
 
@@ -54,7 +54,7 @@ def denominator(
     tokens = torch.cat(parts).double()
     if ranks.sequence is not None:
         all_reduce(tokens, ranks.sequence, "the sum of the trajectories' lengths")
-    D = reduced(tokens, config, ranks)
+    D = reduced(tokens, Aggregation.of(config), ranks)
     return D / (size(ranks.sequence) * data_size(ranks)) if averaged else D
 
 
@@ -65,9 +65,9 @@ def data_size(ranks: Ranks) -> int:
     return n
 
 
-def reduced(tokens: Tensor, config: LossConfig | Aggregation, ranks: Ranks) -> Tensor:
+def reduced(tokens: Tensor, options: Aggregation, ranks: Ranks) -> Tensor:
     """`aggregate.default_denominator` of the trajectories of all ranks that share the batch, from this one's tokens (B,)."""
-    count = (tokens.double() if config.loss_agg_mode == "token-mean" else (tokens > 0).double()).sum()
+    count = counts(tokens, options).sum()
     for group in ranks.data:
         all_reduce(count, group, "the sum of the batch's counts")
     return count.clamp(min=1)

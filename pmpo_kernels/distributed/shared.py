@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from pmpo_kernels.aggregate import Aggregation
 from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.checks import check_choice, check_token_ids, checks_values
-from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.denominator import reduced
 from pmpo_kernels.distributed.ranks import (
     Agreement,
@@ -145,12 +144,10 @@ class Shared(Sharing):
             return tokens
         return all_reduce(tokens.clone(), self.ranks.sequence, "the sum of the trajectories' lengths")
 
-    def denominator(
-        self, given: Tensor | None, tokens: Callable[[], Tensor], config: LossConfig | Aggregation
-    ) -> Tensor | None:
+    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], options: Aggregation) -> Tensor | None:
         if given is not None or not self.ranks.data:
             return given
-        return reduced(tokens(), config, self.ranks)
+        return reduced(tokens(), options, self.ranks)
 
     def smallest(self, number: int) -> int:
         if self.ranks.vocabulary is None:

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.config import FIXED, TARGET, TrajectoryOptions
-from pmpo_kernels.reference import STATS
+from pmpo_kernels.config import FIXED, STATS, TARGET, TrajectoryOptions
 from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, on_device, optional_like, optional_mask, scalar
 from pmpo_kernels.triton.power_mean import centred, choose_power, expm1, moments
 
