@@ -62,7 +62,11 @@ def token_logp(
 
     Args and errors as in `pmpo_loss`. Saves nothing of the logits' size but the logits themselves.
     """
-    return _token_logp(logits, token_ids, mask, temperature, inplace, impl, None)
+    checks.check_logits(logits, token_ids)
+    temperature = checks.check_factor("temperature", temperature)
+    checks.check_inplace(logits, inplace)
+    mask = checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape)
+    return _token_logp(logits, token_ids, as_bool(mask), temperature, inplace, resolve_impl(impl, logits.device), None)
 
 
 def _token_logp(
@@ -71,20 +75,14 @@ def _token_logp(
     mask: Tensor | None,
     temperature: float,
     inplace: bool,
-    impl: str | None,
+    impl: str,
     parts: Parts | None,
 ) -> TokenLogp:
-    checks.check_logits(logits, token_ids)
-    temperature = checks.check_factor("temperature", temperature)
-    checks.check_inplace(logits, inplace)
-    mask = as_bool(
-        checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape)
-    )
-    impl = resolve_impl(impl, logits.device)
+    """Of checked arguments; the mask bool, of any shape."""
     shape = token_ids.shape
     if logits.dim() == 2:
         logits, token_ids = logits[None], token_ids[None]
-        mask = None if mask is None else mask[None]
+    mask = None if mask is None else mask.view(token_ids.shape)
     logp, entropy = TokenLogpFunction.apply(logits, token_ids, mask, temperature, inplace, impl, parts)
     return TokenLogp(logp.view(shape), entropy.view(shape))
 
@@ -187,7 +185,7 @@ def pmpo_loss(
         checks.check_inplace(logits, inplace)
         sharing.describe(logits.shape[-1], token_ids, inputs, D, (logits.dtype, config.temperature))
     sharing.check_token_ids(token_ids, inputs.mask)
-    logp, entropy = _token_logp(logits, token_ids, mask, config.temperature, inplace, inputs.impl, sharing.parts)
+    logp, entropy = _token_logp(logits, token_ids, inputs.mask, config.temperature, inplace, inputs.impl, sharing.parts)
     return _loss(logp, entropy, inputs, D, config, sharing, _limit_of_logits(logits.dtype, config))
 
 

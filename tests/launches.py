@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pmpo_kernels import LossConfig
 from pmpo_kernels import triton as stages
+from pmpo_kernels.aggregate import Aggregation
 from pmpo_kernels.config import TrajectoryOptions
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
@@ -37,7 +38,7 @@ def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: A
 
 
 def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
-    """The three stages as a training step calls them, forward and backward."""
+    """The stages as a training step calls them, forward and backward."""
     N = B * T
     logits = torch.empty(B + 1, T + B % 2, V, dtype=torch.bfloat16)[T % 2 :][:B]  # slices, aligned or not if V is odd
     ids = torch.zeros(B, T, dtype=torch.int64)
@@ -46,11 +47,13 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
     # slices of a batch, whose storage is aligned or not
     flat = torch.zeros(2 * N + 1)[N % 4 :][:N]
     options: TrajectoryOptions = config.trajectory_options(has_power=optional, has_target_ess=False)
-    stages.trajectory(
+    _, _, stats = stages.trajectory(
         logp.flatten(), flat if optional else None, torch.zeros(B), None if mask is None else mask.flatten(),
         torch.arange(B + 1) * T, flat if optional else None, flat if optional else None, entropy.flatten(),
         torch.zeros(B) if optional else None, None, None if mask is None else mask.flatten(), options,
     )  # fmt: skip
+    D, skipped = (stats.new_ones(()), flat[:B] == 0) if optional else (None, None)
+    stages.aggregate(stats, D, D, skipped, 1.0, 1.0, Aggregation.of(config), torch.float32)
     stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 
 

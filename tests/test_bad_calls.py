@@ -71,7 +71,7 @@ def test_kernels_that_run_are_noticed(impl: str) -> None:
     """What `problem` says of a call that is right."""
     with Finished() as finished:
         pmpo_loss(**CALLS["pmpo_loss"].good, impl=impl)
-    assert finished.names == [f"pmpo_kernels.token_logp.{impl}", f"pmpo_kernels.trajectory.{impl}"]
+    assert finished.names == [f"pmpo_kernels.{name}.{impl}" for name in ("token_logp", "trajectory", "aggregate")]
 
 
 def public() -> Iterator[Callable[..., Any]]:

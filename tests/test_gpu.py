@@ -89,11 +89,14 @@ def test_cuda_graph_replays_the_same_bits(name: str, T: int) -> None:
 
 def test_no_further_compiles_over_lengths() -> None:
     """As `test_triton.py::test_no_further_compiles_over_lengths`, counted in Triton's own caches."""
+    from pmpo_kernels.triton.aggregate import _aggregate_fwd_kernel
     from pmpo_kernels.triton.dlogits import _dlogits_bwd_kernel
     from pmpo_kernels.triton.token_logp import _token_logp_fwd_kernel, _token_logp_merge_kernel
     from pmpo_kernels.triton.trajectory import _trajectory_fwd_kernel
 
-    kernels = (_token_logp_fwd_kernel, _token_logp_merge_kernel, _trajectory_fwd_kernel, _dlogits_bwd_kernel)
+    kernels = (
+        _token_logp_fwd_kernel, _token_logp_merge_kernel, _trajectory_fwd_kernel, _aggregate_fwd_kernel, _dlogits_bwd_kernel
+    )  # fmt: skip
 
     def compiled() -> list[int]:
         return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]

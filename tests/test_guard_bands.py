@@ -39,10 +39,13 @@ from pmpo_kernels.verification import Case, make_case
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU compute-sanitizer watches: benchmarks/sanitize.py")
 PATTERNS = (0xFF, 0x7B, 0x00)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-MODULES = [importlib.import_module(f"pmpo_kernels.triton.{name}") for name in ("token_logp", "trajectory", "dlogits")]
+MODULES = [
+    importlib.import_module(f"pmpo_kernels.triton.{name}")
+    for name in ("token_logp", "trajectory", "dlogits", "aggregate")
+]
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 (LAUNCHER,) = {type(kernel) for kernel in KERNELS.values()}
-STAGES = ("token_logp", "trajectory", "dlogits")
+STAGES = ("token_logp", "trajectory", "aggregate", "dlogits")
 ALL_TERMS = CONFIGURATIONS["pmpo, all terms"]
 DEVICE = device_of("triton")
 
@@ -184,7 +187,7 @@ def test_packed_rows(impl: str, inplace: bool) -> None:
     def call() -> list[Tensor]:
         return loss(packed, ALL_TERMS, impl, mask=None, cu_seqlens=offsets, inplace=inplace)
 
-    check(impl, ("token_logp", "trajectory", last), call)
+    check(impl, ("token_logp", "trajectory", "aggregate", last), call)
 
 
 @pytest.mark.parametrize("length", [1023, 1024, 1025])
@@ -205,7 +208,7 @@ def test_long_trajectories(impl: str, length: int) -> None:
         )  # fmt: skip
         return [out.loss.detach(), out.power, out.ess, *torch.autograd.grad(out.loss, (leaf, leaf_entropy))]
 
-    check(impl, ("trajectory",), call)
+    check(impl, ("trajectory", "aggregate"), call)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -223,7 +226,7 @@ def test_linear_loss(impl: str, softcap: float | None) -> None:
         )  # fmt: skip
         return [out.loss.detach(), *torch.autograd.grad(out.loss, leaves)]
 
-    check(impl, ("token_logp", "trajectory", "dlogits_"), call)
+    check(impl, ("token_logp", "trajectory", "aggregate", "dlogits_"), call)
 
 
 def test_log_probs_alone(impl: str) -> None:
@@ -250,7 +253,7 @@ def test_solve_power() -> None:
 @pytest.mark.parametrize("V", [37, 8193])
 def test_ids_that_nobody_checked(V: int) -> None:
     """On a GPU ids are not checked, called directly neither: nothing is read at them, and their token gets NaN."""
-    token_logp_kernels, _, dlogits_kernels = MODULES
+    token_logp_kernels, _, dlogits_kernels, _ = MODULES
     case = make_case(torch.float32, B=1, T=4, V=V, device=DEVICE)
     ids = torch.tensor([[V, -1, 2**40, 0]], device=DEVICE)
     g = torch.ones(1, 4, device=DEVICE)

@@ -82,7 +82,7 @@ def test_kernels_of_a_call(count: Count, config: LossConfig, optional: bool, row
     case = make_case(torch.bfloat16, B=B, T=T, V=V)
     tokens = {
         "old_logp": case.old_logp,
-        "mask": case.mask,
+        "mask": case.mask.int() if optional else case.mask,
         "ref_logp": case.ref_logp,
         "rollout_weights": case.rollout_weights,
     }

@@ -14,7 +14,7 @@ from pmpo_kernels.aggregate import METRICS, Aggregation
 from pmpo_kernels.config import STATS
 from pmpo_kernels.triton.launch import OPTIONS, on_device, optional, optional_mask, scalar
 
-BLOCK_TRAJECTORIES = 512
+BLOCK_TRAJECTORIES = 256
 # Rows of the statistics, `STATS` in its order.
 (_TOKENS, _WEIGHT, _POLICY_LOSS, _KL, _ENTROPY, _POWER, _ESS, _ESS_TARGET, _CLIPPED_LOW, _CLIPPED_HIGH, _RATIO_SUM, _RATIO_MAX,
  _APPROX_KL) = map(tl.constexpr, range(len(STATS)))  # fmt: skip
