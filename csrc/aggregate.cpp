@@ -17,7 +17,7 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 
 // `Aggregation` of aggregate.py, member for member.
 struct Options {
-  double by_tokens, beta, entropy_coef;
+  double by_tokens, beta, entropy_coef, limit, entropy_factor;
 
   explicit Options(const std::vector<double>& values) {
     expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of Aggregation");
@@ -38,7 +38,7 @@ using metric::NUM_METRICS;
 double maximum(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 struct Totals {
-  double loss, denominator, dentropy, metrics[NUM_METRICS];  // dentropy: the largest of a token, times D
+  double loss, denominator, coefficient, metrics[NUM_METRICS];  // coefficient: D dentropy of a token, the largest
 };
 
 // Of stats (NUM_STATS, B); clip_fraction (B,).
@@ -102,7 +102,7 @@ void write(const Totals& found, const Tensor& loss, const Tensor& metrics) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate(
     const Tensor& stats, const std::optional<Tensor>& denominator, const std::optional<Tensor>& largest,
-    const std::optional<Tensor>& skipped, double limit, double entropy_factor, const std::vector<double>& options, ScalarType dtype) {
+    const std::optional<Tensor>& skipped, const std::vector<double>& options, ScalarType dtype) {
   expect(stats.dim() == 2 && stats.size(0) == NUM_STATS, "stats: expected shape (" + std::to_string(NUM_STATS) + ", B)");
   expect(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype: expected float32 or float64");
   const int64_t B = stats.size(1);
@@ -113,9 +113,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate(
   const Tensor loss = torch::stable::new_empty(stats64, {}, dtype), divisor = torch::stable::new_empty(stats64, {});
   const Tensor metrics = torch::stable::new_empty(stats64, {NUM_METRICS}, dtype);
   const Tensor clip_fraction = torch::stable::new_empty(stats64, {B});
+  const Options o(options);
   Totals found = totals(
-      data<double>(stats64), data<bool>(left_out), data<double>(D), B, Options(options), mutable_data<double>(clip_fraction));
-  if (top && !((*data<double>(top) + entropy_factor * found.dentropy) / found.denominator <= limit)) found.loss += INF;
+      data<double>(stats64), data<bool>(left_out), data<double>(D), B, o, mutable_data<double>(clip_fraction));
+  const bool overflows =
+      top && !((*data<double>(top) + o.entropy_factor * found.coefficient) / found.denominator <= o.limit);
+  if (overflows) found.loss += INF;
   *mutable_data<double>(divisor) = found.denominator;
   dtype == ScalarType::Float ? write<float>(found, loss, metrics) : write<double>(found, loss, metrics);
   return {loss, divisor, metrics, clip_fraction};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,15 +32,19 @@ METRICS = (
 
 
 class Aggregation(NamedTuple):
-    """What of a `LossConfig` the stage reads, as numbers."""
+    """What of a `LossConfig` the stage reads, as numbers.
+
+    Where |dlogp| + entropy_factor |dentropy| of a token is at most `limit`, the gradient of what it comes from is finite."""
 
     by_tokens: float
     beta: float
     entropy_coef: float
+    limit: float = math.inf
+    entropy_factor: float = 1.0
 
     @classmethod
-    def of(cls, config: LossConfig) -> Aggregation:
-        return cls(float(config.loss_agg_mode == "token-mean"), config.beta, config.entropy_coef)
+    def of(cls, config: LossConfig, *limit: float) -> Aggregation:
+        return cls(float(config.loss_agg_mode == "token-mean"), config.beta, config.entropy_coef, *limit)
 
 
 def counts(tokens: Tensor, options: Aggregation) -> Tensor:
@@ -67,8 +72,6 @@ def aggregate(
     denominator: Tensor | None,
     largest: Tensor | None,
     skipped: Tensor | None,
-    limit: float,
-    entropy_factor: float,
     options: Aggregation,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,8 +79,7 @@ def aggregate(
     metrics in `dtype`. No host synchronisation.
 
     Of stats (S, B) float64; denominator () float64, None for that of these trajectories; largest () float64, the largest size of
-    D dlogp. Where that and `entropy_factor` times the largest of D dentropy are over D beyond `limit`, a gradient overflows, and
-    the loss is not finite either. `skipped` (B,)
+    D dlogp, None not to ask: a finite loss is only given with a finite gradient. `skipped` (B,)
     bool: trajectories with A = 0 of which nothing but the tokens is known. Nothing of theirs is clipped; the other means
     leave them out. Means are over tokens, those of p and ESS over non-empty trajectories.
     """
@@ -88,8 +90,8 @@ def aggregate(
     loss = total_loss(stats, options, D).to(dtype)
     if largest is not None:
         a_token = torch.nn.functional.pad(row["weight"] / tokens.clamp(min=1), (0, 1))
-        largest = largest + entropy_factor * abs(options.entropy_coef) * a_token.amax()
-        loss = torch.where(largest / D <= limit, loss, loss + torch.inf)
+        largest = largest + options.entropy_factor * abs(options.entropy_coef) * a_token.amax()
+        loss = torch.where(largest / D <= options.limit, loss, loss + torch.inf)
 
     def mean(x: Tensor, over: Tensor) -> Tensor:
         return x.sum() / over.sum().clamp(min=1)

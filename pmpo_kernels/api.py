@@ -10,7 +10,7 @@ from torch import Tensor
 from pmpo_kernels import checks
 from pmpo_kernels.aggregate import METRICS, Aggregation
 from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
-from pmpo_kernels.autograd import Limit, Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
+from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
 from pmpo_kernels.chunks import count_tokens
 from pmpo_kernels.config import STATS, LossConfig
 from pmpo_kernels.impls import resolve_impl
@@ -185,8 +185,10 @@ def pmpo_loss(
         checks.check_inplace(logits, inplace)
         sharing.describe(logits.shape[-1], token_ids, inputs, D, (logits.dtype, config.temperature))
     sharing.check_token_ids(token_ids, inputs.mask)
+    # before the first autograd Function: torch.compile must see the temperature, which is in both, outside of them
+    terms = _aggregation_of_logits(logits.dtype, config)
     logp, entropy = _token_logp(logits, token_ids, inputs.mask, config.temperature, inplace, inputs.impl, sharing.parts)
-    return _loss(logp, entropy, inputs, D, config, sharing, _limit_of_logits(logits.dtype, config))
+    return _loss(logp, entropy, inputs, D, sharing, terms)
 
 
 def pmpo_loss_from_logp(
@@ -244,7 +246,7 @@ def pmpo_loss_from_logp(
             impl=impl,
         )
         sharing.describe(0, logp, inputs, D, (logp.dtype, entropy is not None))
-    out = _loss(logp, entropy, inputs, D, config, sharing, _limit_of_logp(logp, entropy))
+    out = _loss(logp, entropy, inputs, D, sharing, _aggregation_of_logp(logp, entropy, config))
     if mask is None:
         return out
     keep = mask != 0
@@ -356,22 +358,22 @@ def linear_pmpo_loss(
     return out._replace(power=torch.where(skipped, torch.nan, out.power), ess=torch.where(skipped, torch.nan, out.ess))
 
 
-def _limit_of_logits(dtype: torch.dtype, config: LossConfig) -> Limit:
-    """Of a token's coefficients, whose row of the gradient is a temperature-th of them: finite in the logits' dtype, and on the
-    way there, where `dlogits` has factors some hundred times the row. Entropy: |q (log q + H)| <= H <= log V < 22; a number,
-    because torch.compile would compile anew for each V."""
+def _aggregation_of_logits(dtype: torch.dtype, config: LossConfig) -> Aggregation:
+    """With the limit of a token's coefficients, whose row of the gradient is a temperature-th of them: finite in the logits' dtype,
+    and on the way there, where `dlogits` has factors some hundred times the row. Entropy: |q (log q + H)| <= H <= log V < 22; a
+    number, because torch.compile would compile anew for each V."""
     arithmetic = torch.finfo(compute_dtype(dtype)).max
     largest = min(torch.finfo(dtype).max, arithmetic / 1024) * config.temperature
-    return Limit(min(arithmetic, largest), 22.0)
+    return Aggregation.of(config, min(arithmetic, largest), 22.0)
 
 
-def _limit_of_logp(logp: Tensor, entropy: Tensor | None) -> Limit:
-    """Each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
+def _aggregation_of_logp(logp: Tensor, entropy: Tensor | None, config: LossConfig) -> Aggregation:
+    """With the limit where each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
     largest = torch.finfo(logp.dtype).max
     if entropy is None:
-        return Limit(largest)
+        return Aggregation.of(config, largest)
     arithmetic = torch.finfo(compute_dtype(logp.dtype)).max
-    return Limit(largest, largest / min(arithmetic, torch.finfo(entropy.dtype).max))
+    return Aggregation.of(config, largest, largest / min(arithmetic, torch.finfo(entropy.dtype).max))
 
 
 def _loss(
@@ -379,17 +381,15 @@ def _loss(
     entropy: Tensor | None,
     inputs: TrajectoryInputs,
     denominator: Tensor | None,
-    config: LossConfig,
     sharing: Sharing,
-    limit: Limit,
+    terms: Aggregation,
 ) -> PMPOOutput:
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, inputs)
-    terms = Aggregation.of(config)
     denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), terms)
     loss, stats, found, clip_fraction = TrajectoryFunction.apply(
-        whole.logp, whole.entropy, whole.inputs, denominator, terms, limit
+        whole.logp, whole.entropy, whole.inputs, denominator, terms
     )
     entropy = None if entropy is None else entropy.detach()
     return _output(loss, stats, found, clip_fraction, logp.detach(), entropy, inputs)

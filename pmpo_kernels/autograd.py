@@ -106,15 +106,8 @@ class TrajectoryInputs(NamedTuple):
     impl: str
 
 
-class Limit(NamedTuple):
-    """Largest |dlogp| + entropy_factor |dentropy| of a token with which the gradient of what it comes from is finite."""
-
-    coefficient: float
-    entropy_factor: float = 1.0
-
-
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs, denominator, aggregation, limit) -> (loss, stats, metrics, clip fractions); the loss is
+    """(logp, entropy, inputs, denominator, aggregation) -> (loss, stats, metrics, clip fractions); the loss is
     differentiable in logp and entropy, and is not finite beyond the limit."""
 
     @staticmethod
@@ -125,7 +118,6 @@ class TrajectoryFunction(torch.autograd.Function):
         inputs: TrajectoryInputs,
         denominator: Tensor | None,
         aggregation: Aggregation,
-        limit: Limit,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         i = inputs
         dlogp, dentropy, stats = stage("trajectory", i.impl)(
@@ -146,9 +138,10 @@ class TrajectoryFunction(torch.autograd.Function):
         # gradient.
         largest = torch.linalg.vector_norm(dlogp, torch.inf) if dlogp.numel() else None
         loss, denominator, metrics, clip_fraction = stage("aggregate", i.impl)(
-            stats, denominator, largest, None, *limit, list(aggregation), logp.dtype
+            stats, denominator, largest, None, list(aggregation), logp.dtype
         )
-        ctx.save_for_backward(dlogp, dentropy, denominator)
+        coefficients = torch.stack([dlogp, dentropy]) if dentropy.numel() else dlogp[None]
+        ctx.save_for_backward(coefficients, denominator)
         ctx.mark_non_differentiable(stats, metrics, clip_fraction)
         ctx.set_materialize_grads(False)
         ctx.dtype = logp.dtype
@@ -158,11 +151,7 @@ class TrajectoryFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 6
-        dlogp, dentropy, denominator = ctx.saved_tensors
-        scale = grad_loss / denominator  # float64
-
-        def scaled(gradient: Tensor) -> Tensor:
-            return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=ctx.dtype))
-
-        return scaled(dlogp), scaled(dentropy) if dentropy.numel() else None, *(None,) * 4
+            return (None,) * 5
+        coefficients, denominator = ctx.saved_tensors
+        dlogp, *dentropy = (coefficients * (grad_loss.double() / denominator)).to(ctx.dtype).unbind()
+        return dlogp, *(dentropy or [None]), *(None,) * 3

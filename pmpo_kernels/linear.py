@@ -301,7 +301,7 @@ class LinearLossFunction(torch.autograd.Function):
         ctx.save_for_backward(*gradients)
         skipped = inputs.advantages == 0 if head.skip_zero_advantage else None
         loss, _, metrics, clip_fraction = stage("aggregate", inputs.impl)(
-            stats, denominator, None, skipped, torch.inf, 0.0, list(aggregation), logp.dtype
+            stats, denominator, None, skipped, list(aggregation), logp.dtype
         )
         ctx.mark_non_differentiable(stats, metrics, clip_fraction, logp, entropy)
         ctx.set_materialize_grads(False)

@@ -26,8 +26,8 @@ SCHEMAS = {
     " Tensor? ref_logp, Tensor? rollout_weights, Tensor? entropy, Tensor? power, Tensor? target_ess,"
     " Tensor? policy_mask, float[] options)"
     " -> (Tensor dlogp, Tensor dentropy, Tensor stats)",
-    "aggregate": "(Tensor stats, Tensor? denominator, Tensor? largest, Tensor? skipped, float limit, float entropy_factor,"
-    " float[] options, ScalarType dtype) -> (Tensor loss, Tensor denominator, Tensor metrics, Tensor clip_fraction)",
+    "aggregate": "(Tensor stats, Tensor? denominator, Tensor? largest, Tensor? skipped, float[] options, ScalarType dtype)"
+    " -> (Tensor loss, Tensor denominator, Tensor metrics, Tensor clip_fraction)",
     "dlogits": "(Tensor logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> Tensor",
     "dlogits_": "(Tensor(a!) logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"

@@ -53,7 +53,7 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
         torch.zeros(B) if optional else None, None, None if mask is None else mask.flatten(), options,
     )  # fmt: skip
     D, skipped = (stats.new_ones(()), flat[:B] == 0) if optional else (None, None)
-    stages.aggregate(stats, D, D, skipped, 1.0, 1.0, Aggregation.of(config), torch.float32)
+    stages.aggregate(stats, D, D, skipped, Aggregation.of(config), torch.float32)
     stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 
 

@@ -118,6 +118,6 @@ def test_what_is_counted(count: Count) -> None:
     stats = torch.zeros(13, 2, dtype=torch.float64)
     with count:
         stage("aggregate", "triton")(
-            stats.t().contiguous().t(), None, None, None, 1.0, 0.0, [0.0, 0.0, 0.0], torch.float32
+            stats.t().contiguous().t(), None, None, None, [0.0, 0.0, 0.0, 1.0, 0.0], torch.float32
         )
     assert count.started == ["aten.clone.default", "_aggregate_fwd_kernel"]

@@ -28,7 +28,7 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
     if name == "aggregate":
         stats = torch.rand(len(STATS), 4, dtype=torch.float64, device=device)
         D, largest = stats.new_tensor(3.0), stats.new_tensor(0.5)
-        return stats, D, largest, case.advantages == 0, 1.0, 22.0, [1.0, 0.1, 0.01], reference.compute_dtype(dtype)
+        return stats, D, largest, case.advantages == 0, [1.0, 0.1, 0.01, 1.0, 22.0], reference.compute_dtype(dtype)
     if name == "solve_power":
         l = (logp - case.old_logp).double().flatten()
         return l, case.mask.flatten(), torch.arange(5, device=device) * 4, torch.full((4,), 3.9).double(), 1.0

@@ -106,8 +106,11 @@ def test_aggregate(
     """Sums of B positive float64 numbers in another order, then one rounding to `dtype`."""
     stats = random_stats(B, device)
     given = (stats.new_tensor(3.5), stats.new_tensor(2.0), torch.arange(B, device=device) % 2 == 0)
-    args = (stats, *(given if optional else (None,) * 3), 1.0, 0.5, list(options), dtype)
-    got, want = stage("aggregate", impl)(*args), reference.aggregate(*args[:-2], Aggregation(*options), dtype)
+    args = (stats, *(given if optional else (None,) * 3), [*options, 0.8, 0.5], dtype)
+    got, want = (
+        stage("aggregate", impl)(*args),
+        reference.aggregate(*args[:-2], Aggregation(*options, 0.8, 0.5), dtype),
+    )
     rtol = (B + 8) * torch.finfo(torch.float64).eps + torch.finfo(dtype).eps
     for a, b in zip(got, want, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -124,7 +127,7 @@ def test_aggregate_by_hand(impl: str, device: str) -> None:
     }  # fmt: skip
     stats = torch.tensor([columns[name] for name in STATS], dtype=torch.float64, device=device)
     loss, D, metrics, clip_fraction = stage("aggregate", impl)(
-        stats, None, stats.new_tensor(4.0), None, 2.0, 0.0, [0.0, 0.5, 0.1], torch.float64
+        stats, None, stats.new_tensor(4.0), None, [0.0, 0.5, 0.1, 2.0, 0.0], torch.float64
     )
     assert float(D) == 2
     # (-3 + 1) + 0.5 (2/4 + 4/2) - 0.1 (8/4 + 6/2), over D = 2
@@ -137,8 +140,8 @@ def test_aggregate_by_hand(impl: str, device: str) -> None:
     }  # fmt: skip
     assert dict(zip(METRICS, metrics.tolist(), strict=True)) == pytest.approx(want, rel=1e-15)
     skipped = torch.tensor([False, False, True], device=device)
-    by_tokens = [1.0, 0.0, 0.0]
-    loss, D, metrics, _ = stage("aggregate", impl)(stats, None, None, skipped, 0.0, 0.0, by_tokens, torch.float64)
+    by_tokens = list(Aggregation(1.0, 0.0, 0.0))
+    loss, D, metrics, _ = stage("aggregate", impl)(stats, None, None, skipped, by_tokens, torch.float64)
     assert (float(D), float(loss)) == (6, pytest.approx(-2 / 6, rel=1e-15))
     found = dict(zip(METRICS, metrics.tolist(), strict=True))
     assert (found["tokens"], found["trajectories"], found["clip_fraction"]) == (6, 2, pytest.approx(0.5))
@@ -150,10 +153,15 @@ def test_aggregate_keeps_nan_and_the_limit(impl: str, device: str) -> None:
     stats = random_stats(5, device)
     row = dict(zip(STATS, stats, strict=True))
     run = stage("aggregate", impl)
-    no_terms = [0.0, 0.0, 0.0]
+    no_terms = list(Aggregation(0.0, 0.0, 0.0))
     for largest, limit, finite in ((8.0, 2.0, True), (8.1, 2.0, False), (math.nan, 2.0, False), (math.inf, 2.0, False)):
         loss, *_ = run(
-            stats, stats.new_tensor(4.0), stats.new_tensor(largest), None, limit, 0.0, no_terms, torch.float32
+            stats,
+            stats.new_tensor(4.0),
+            stats.new_tensor(largest),
+            None,
+            [*no_terms[:3], limit, 0.0],
+            torch.float32,
         )
         assert bool(loss.isfinite()) == finite, largest
     # the entropy's coefficient, of 2 (largest) + 22 (factor) x 0.1 (its weight) x weight / tokens
@@ -161,16 +169,21 @@ def test_aggregate_keeps_nan_and_the_limit(impl: str, device: str) -> None:
     most = float(2 + 22 * 0.1 * (row["weight"] / row["tokens"].clamp(min=1)).max()) / 4
     for limit, finite in ((1.001 * most, True), (0.999 * most, False)):
         loss, *_ = run(
-            stats, stats.new_tensor(4.0), stats.new_tensor(2.0), None, limit, 22.0, with_entropy, torch.float32
+            stats,
+            stats.new_tensor(4.0),
+            stats.new_tensor(2.0),
+            None,
+            [*with_entropy, limit, 22.0],
+            torch.float32,
         )
         assert bool(loss.isfinite()) == finite, limit
     # terms that are not asked for may be anything
     row["kl"].fill_(math.nan)
     row["entropy"][0] = math.inf
-    assert bool(run(stats, None, None, None, 1.0, 0.0, no_terms, torch.float32)[0].isfinite())
+    assert bool(run(stats, None, None, None, no_terms, torch.float32)[0].isfinite())
     for name in ("ratio_sum", "ratio_max", "power", "policy_loss"):
         row[name][1] = math.nan
-    loss, _, metrics, _ = run(stats, None, None, None, 1.0, 0.0, no_terms, torch.float32)
+    loss, _, metrics, _ = run(stats, None, None, None, no_terms, torch.float32)
     found = dict(zip(METRICS, metrics.tolist(), strict=True))
     assert bool(loss.isnan())
     for name in ("ratio_mean", "ratio_max", "power_mean", "power_max", "power_min", "policy_loss", "ref_kl"):

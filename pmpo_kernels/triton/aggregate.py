@@ -40,8 +40,8 @@ def _maximum(values, total, known):
 )
 def _aggregate_fwd_kernel(
     stats_ptr, denominator_ptr, largest_ptr, skipped_ptr, loss_ptr, divisor_ptr, metrics_ptr, clip_fraction_ptr,
-    B: tl.int64, has_denominator: tl.int32, has_largest: tl.int32, has_skipped: tl.int32, limit: tl.float64,
-    entropy_factor: tl.float64, by_tokens: tl.float64, beta: tl.float64, entropy_coef: tl.float64, BLOCK: tl.constexpr,
+    B: tl.int64, has_denominator: tl.int32, has_largest: tl.int32, has_skipped: tl.int32, by_tokens: tl.float64,
+    beta: tl.float64, entropy_coef: tl.float64, limit: tl.float64, entropy_factor: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
     zeros = tl.zeros((BLOCK,), tl.float64)
     n_sum, some_sum, known_tokens, known_sum = zeros, zeros, zeros, zeros
@@ -115,8 +115,6 @@ def aggregate(
     denominator: Tensor | None,
     largest: Tensor | None,
     skipped: Tensor | None,
-    limit: float,
-    entropy_factor: float,
     options: Aggregation,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,6 +129,6 @@ def aggregate(
     with on_device(stats):
         _aggregate_fwd_kernel[(1,)](
             stats, denominator, largest, skipped, loss, divisor, metrics, clip_fraction, B, has_denominator, has_largest,
-            has_skipped, limit, entropy_factor, **options._asdict(), BLOCK=BLOCK_TRAJECTORIES, num_warps=4, **OPTIONS,
+            has_skipped, **options._asdict(), BLOCK=BLOCK_TRAJECTORIES, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return loss, divisor, metrics, clip_fraction
