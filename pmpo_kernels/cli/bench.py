@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pmpo_kernels.benchmarking.allocator import Allocator
     from pmpo_kernels.benchmarking.comparison import Comparison
     from pmpo_kernels.benchmarking.variants import Variant
@@ -82,33 +84,45 @@ def check_files(paths: list[Path], overwrite: bool) -> None:
         )
 
 
-def check_memory(cases: list[Case], options: str) -> None:
+def memory_problem(case: Case) -> str | None:
+    """Why a case cannot be measured, if it needs more memory than there is."""
     from pmpo_kernels.memory import available_memory
 
-    largest = max(cases, key=lambda case: case.needed_bytes)
-    available = available_memory(largest.device)
-    if available is not None and largest.needed_bytes > available:
-        raise typer.BadParameter(
-            f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {largest.batch} x "
-            f"{largest.tokens} x {largest.vocab}, which needs about {largest.needed_bytes / 2**30:.1f} GiB",
-            param_hint=options,
-        )
+    available = available_memory(case.device)
+    if available is None or case.needed_bytes <= available:
+        return None
+    return (
+        f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {case.batch} x "
+        f"{case.tokens} x {case.vocab}, which needs about {case.needed_bytes / 2**30:.1f} GiB"
+    )
+
+
+def check_memory(cases: list[Case], options: str) -> None:
+    problem = memory_problem(max(cases, key=lambda case: case.needed_bytes))
+    if problem:
+        raise typer.BadParameter(problem, param_hint=options)
 
 
 def measure(
-    case: Case, chosen: list[Variant], repeats: int, settings: list[Allocator], console: Console, memory: bool = True
+    case: Case,
+    chosen: list[Variant],
+    repeats: int,
+    settings: list[Allocator],
+    console: Console,
+    memory: bool = True,
+    save: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """`compare` with a progress bar."""
     from pmpo_kernels.benchmarking.comparison import compare, steps
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(case.name, total=steps(chosen, repeats, settings))
+        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, save is not None))
 
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
 
-        return compare(case, chosen, repeats, advance, settings, memory)
+        return compare(case, chosen, repeats, advance, settings, memory, save)
 
 
 def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
