@@ -94,7 +94,7 @@ def speed_table(report: RunReport) -> Table:
         times = [ms(getattr(timing, name)) for name in PASSES]
         out.add_row(row.name, *times, speedup, *shares, host)
     for name, value in report.stage_shares.items():
-        cells = [f"stage {name} of {report.ours_name}", *[""] * 8]
+        cells = [f"stage {name}", *[""] * 8]
         at = 1 + PASSES.index(PASS_OF[name])
         cells[at], cells[at + 4] = ms(report.base.comparison.stages[name]), f"{value:.0%}"
         out.add_row(*cells)
@@ -118,7 +118,8 @@ def caption(report: RunReport) -> str:
         parts.append(f"Copy of the logits: {ms(base.floor['copy'])} ms, {report.bandwidth / 1e9:,.0f} GB/s.")
     if report.trajectory_share is not None:
         alone = ms(base.comparison.stages["trajectory"])
-        parts.append(f"Trajectory stage alone: {alone} ms, {report.trajectory_share:.1%} of forward and backward.")
+        parts.append(f"Stages: of {report.ours_name}, each alone; a target is held against their share, not a call's.")
+        parts.append(f"Stage trajectory: {alone} ms, {report.trajectory_share:.1%} of forward and backward.")
     parts.append("Host: forward and backward on a tiny batch, without waiting for a GPU.")
     if base.case.config.power == "ess":
         parts.append(f"{P_NOTE}.")

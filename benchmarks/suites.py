@@ -12,7 +12,7 @@ MODELS = {"qwen2.5": 151936, "llama3": 128256, "smollm2": 49152, "gpt2": 50257, 
 Model = Enum("Model", {name: name for name in MODELS}, type=str)
 BATCH, TOKENS = 8, 1024
 CPU_SCALE = 64  # on a CPU trajectories are so many times shorter
-TINY_SCALE, TINY_VOCAB = 256, 320  # a rehearsal's
+TINY_SCALE, TINY_VOCAB = 1024, 320  # a rehearsal's
 NO_ZEROS = {"padded": 0.0, "clipped": 0.0, "zero_advantage": 0.0}
 WHOLE = {"padded": 0.0, "zero_advantage": 0.0}  # with the usual share clipped, so that p is solved
 HALF_CLIPPED = {**NO_ZEROS, "clipped": 0.5}
