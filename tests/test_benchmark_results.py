@@ -26,7 +26,7 @@ from pmpo_kernels import LossConfig
 from pmpo_kernels.benchmarking import comparison, measure
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, compare
-from pmpo_kernels.benchmarking.inputs import Inputs
+from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.report import wide_console
 from pmpo_kernels.benchmarking.variants import EAGER, LossFunction, Variant, build_eager
 
@@ -90,6 +90,25 @@ def test_every_step_is_saved_and_torch_compile_comes_last(monkeypatch: pytest.Mo
     assert [row.name for row in found.rows] == [variant.name for variant in chosen]
     (timing,) = found.rows[1].timings.values()
     assert len(timing.samples) == 3
+
+
+def test_each_stage_is_timed_on_the_logits_of_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One writes over them."""
+    seen: list[Tensor] = []
+
+    def destroyed(impl: str, i: Inputs, config: LossConfig) -> dict[str, Any]:
+        def stage() -> None:
+            seen.append(i.logits.clone())
+            i.logits.zero_()
+
+        return {"first": stage, "second": stage}
+
+    monkeypatch.setattr(comparison, "stage_functions", destroyed)
+    case, ours = replace(SMALL, device="cpu"), replace(EAGER, group="fused", impl="cpp")
+    found = compare(case, [ours], 2, lambda what: None, run.allocators("cpu")[-1:], memory=False)
+    assert list(found.stages) == ["first", "second"]
+    assert len(seen) == 2 * (2 + comparison.WARMUP_ROUNDS)
+    assert all(torch.equal(logits, build_inputs(case).logits) for logits in seen)
 
 
 def test_a_run_that_is_killed_leaves_files_that_can_be_read(tmp_path: Path) -> None:

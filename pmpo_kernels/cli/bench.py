@@ -84,23 +84,26 @@ def check_files(paths: list[Path], overwrite: bool) -> None:
         )
 
 
-def memory_problem(case: Case) -> str | None:
-    """Why a case cannot be measured, if it needs more memory than there is."""
+def check_memory(cases: list[Case], options: str) -> None:
     from pmpo_kernels.memory import available_memory
 
-    available = available_memory(case.device)
-    if available is None or case.needed_bytes <= available:
-        return None
-    return (
-        f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {case.batch} x "
-        f"{case.tokens} x {case.vocab}, which needs about {case.needed_bytes / 2**30:.1f} GiB"
-    )
+    largest = max(cases, key=lambda case: case.needed_bytes)
+    available = available_memory(largest.device)
+    if available is not None and largest.needed_bytes > available:
+        raise typer.BadParameter(
+            f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {largest.batch} x "
+            f"{largest.tokens} x {largest.vocab}, which needs about {largest.needed_bytes / 2**30:.1f} GiB",
+            param_hint=options,
+        )
 
 
-def check_memory(cases: list[Case], options: str) -> None:
-    problem = memory_problem(max(cases, key=lambda case: case.needed_bytes))
-    if problem:
-        raise typer.BadParameter(problem, param_hint=options)
+def memory_problem(case: Case) -> str | None:
+    """Why a case cannot be measured, if it needs more memory than there is."""
+    try:
+        check_memory([case], "")
+    except typer.BadParameter as error:
+        return error.message
+    return None
 
 
 def measure(
