@@ -116,6 +116,7 @@ def caption(report: RunReport) -> str:
     ]
     if report.bandwidth is not None:
         parts.append(f"Copy of the logits: {ms(base.floor['copy'])} ms, {report.bandwidth / 1e9:,.0f} GB/s.")
+        parts.append(f"Read: {ms(base.floor['read'])} ms.")
     if report.trajectory_share is not None:
         alone = ms(base.comparison.stages["trajectory"])
         parts.append(f"Stages: of {report.ours_name}, each alone; a target is held against their share, not a call's.")
