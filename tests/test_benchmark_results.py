@@ -53,11 +53,16 @@ class Operators(TorchDispatchMode):
 
 def test_the_cache_is_emptied_by_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that are written would go back to memory within the timed region, on its account."""
-    zeros, size = torch.zeros, 1 << 20
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=size))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: zeros(*shape, dtype=dtype))
+    size = 1 << 20
+    cuda = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=size),
+        current_device=lambda: 0,
+        _sleep=lambda cycles: None,
+    )
+    device = SimpleNamespace(  # what the module knows of PyTorch: a GPU whose memory is the CPU's
+        cuda=cuda, device=torch.device, int32=torch.int32, zeros=lambda n, dtype, device: torch.zeros(n, dtype=dtype)
+    )
+    monkeypatch.setattr(measure, "torch", device)
     scrap = measure._scrap.__wrapped__(0)
     monkeypatch.setattr(measure, "_scrap", lambda device: scrap)
     with Operators() as operators:
