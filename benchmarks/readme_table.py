@@ -78,17 +78,10 @@ def comparison(files: dict[Path, Content], root: str = "") -> list[str]:
 
 
 def shares(files: dict[Path, Content]) -> list[str]:
-    """One table for the cases of `run.py` on one machine: a line a case and variant, shares of the copy bandwidth."""
+    """One table for the cases of `run.py` on one machine: a line a case and call, and a stage alone, whose share of a
+    copy's bandwidth is what a target is held against."""
     first = next(iter(files.values()))
-    header = [
-        "logits, loss",
-        "variant",
-        "forward ms (share of copy)",
-        "backward ms (share)",
-        "both ms",
-        "memory",
-        "error",
-    ]
+    header = ["logits, loss", "call", "forward ms (share of copy)", "backward ms (share)", "both ms", "memory", "error"]
     rows = []
     for path, content in files.items():
         case = content["case"]
@@ -97,13 +90,18 @@ def shares(files: dict[Path, Content]) -> list[str]:
         )
         for i, row in enumerate(content["results"]):
             cells = [f"[{shape}]({path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
-            if row["problem"]:
-                rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
+            if row["problem"] or not row["timings"]:
+                rows.append([*cells, row["problem"] or "stopped before its times", *[""] * (len(header) - 3)])
                 continue
-            timing, share = next(iter(row["timings"].values())), row["share_of_copy"]
+            timing, share = next(iter(row["timings"].values())), row["call_share_of_copy"]
             cells += [f"{ms(timing[p]['median'])} ({share[p]:.0%})" for p in ("forward", "backward")]
             memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
             rows.append([*cells, ms(timing["both"]["median"]), memory, f"{row['gradient_error']:.1e}"])
+        for name, at in (("token_logp", 2), ("dlogits", 3), ("dlogits_", 3)):
+            if name in content["stages"]:
+                found, cells = content["stages"][name], ["", f"stage `{name}` alone", *[""] * (len(header) - 2)]
+                cells[at] = f"{ms(found['median'])} ({found['share_of_copy']:.0%})"
+                rows.append(cells)
     return [f"{machine(first, first['case']['device'])}:", "", *table(header, rows)]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-from run_report import RunReport
+from run_report import PASS_OF, PASSES, RunReport
+
+from pmpo_kernels.benchmarking.comparison import Spread
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -14,21 +16,25 @@ Points = dict[str, list[tuple[int, float]]]
 MARKERS = "osD^vPX*"
 
 
+def bars(report: RunReport) -> dict[str, dict[str, Spread]]:
+    """Milliseconds by pass: of each call that was timed, and of each stage alone that passes over the logits."""
+    found = {name: {one: getattr(timing, one) for one in PASSES[:2]} for name, timing in report.timed.items()}
+    stages = report.base.comparison.stages
+    return found | {f"stage {name}": {PASS_OF[name]: stages[name]} for name in stages if name in PASS_OF}
+
+
 def write_roofline(report: RunReport, path: Path) -> None:
-    """Forward and backward of each timed row as a share of the bandwidth of a copy, which is the roof."""
-    timed = report.timed
-    fig, ax = plt.subplots(figsize=(8, 1.6 + 0.6 * max(len(timed), 1)), layout="constrained")
-    positions = range(len(timed))
-    for k, name in enumerate(("forward", "backward")):
-        shares = [100 * report.shares(timing)[name] for timing in timed.values()]
-        bars = ax.barh([y + 0.4 * (k - 0.5) for y in positions], shares, 0.38, label=name)
-        labels = [
-            f"{value:.3g} %, {getattr(timing, name).median:.3g} ms"
-            for value, timing in zip(shares, timed.values(), strict=True)
-        ]
-        ax.bar_label(bars, labels, padding=4, fontsize=8)
+    """Forward and backward of each call and stage as a share of the bandwidth of a copy, which is the roof."""
+    found = bars(report)
+    fig, ax = plt.subplots(figsize=(8, 1.6 + 0.6 * max(len(found), 1)), layout="constrained")
+    for k, name in enumerate(PASSES[:2]):
+        drawn = [(y, times[name]) for y, times in enumerate(found.values()) if name in times]
+        shares = [100 * report.share(name, spread) for _, spread in drawn]
+        drawn_bars = ax.barh([y + 0.4 * (k - 0.5) for y, _ in drawn], shares, 0.38, label=name)
+        labels = [f"{value:.3g} %, {spread.median:.3g} ms" for value, (_, spread) in zip(shares, drawn, strict=True)]
+        ax.bar_label(drawn_bars, labels, padding=4, fontsize=8)
     ax.axvline(100, color="black", linestyle=":", linewidth=1, label="bandwidth of a copy")
-    ax.set_yticks(positions, list(timed))
+    ax.set_yticks(range(len(found)), list(found))
     ax.invert_yaxis()
     ax.set_xlabel("fewest bytes a pass can move over what a copy moves in its time, %")
     ax.margins(x=0.25)

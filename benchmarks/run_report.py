@@ -11,13 +11,18 @@ from rich.text import Text
 
 from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import LIMITS
-from pmpo_kernels.benchmarking.comparison import Row, Spread, Timing
+from pmpo_kernels.benchmarking.comparison import Spread, Timing
 from pmpo_kernels.benchmarking.report import P_NOTE, Report, ms
 from pmpo_kernels.benchmarking.report import content as base_content
 from pmpo_kernels.benchmarking.traffic import copy_bandwidth, share
 from pmpo_kernels.benchmarking.variants import FUSED
 
 PASSES = ("forward", "backward", "both")
+PASS_OF = {
+    "token_logp": "forward",
+    "dlogits": "backward",
+    "dlogits_": "backward",
+}  # a stage that passes over the logits
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,13 @@ class RunReport:
         return {row.name: row.timings[self.setting] for row in self.base.rows if self.setting in row.timings}
 
     @property
+    def ours_name(self) -> str | None:
+        """The first fused row that was timed: out of place."""
+        return next((row.name for row in self.base.rows if row.group == FUSED and row.name in self.timed), None)
+
+    @property
     def ours(self) -> Timing | None:
-        """The first fused row: out of place."""
-        names = [row.name for row in self.base.rows if row.group == FUSED and self.setting in row.timings]
-        return self.timed[names[0]] if names else None
+        return self.timed[self.ours_name] if self.ours_name else None
 
     @property
     def bandwidth(self) -> float | None:
@@ -51,11 +59,20 @@ class RunReport:
         stages = self.base.comparison.stages
         return stages["trajectory"].median / self.ours.both.median if stages and self.ours else None
 
-    def shares(self, timing: Timing) -> dict[str, float]:
-        """Of the copy bandwidth, by pass: model bytes over what a copy moves in that time."""
-        traffic = self.base.comparison.traffic
+    def share(self, name: str, spread: Spread) -> float:
+        """Of the copy bandwidth: the model bytes of a pass over what a copy moves in that time."""
         assert self.bandwidth is not None
-        return {name: share(getattr(traffic, name), getattr(timing, name).median, self.bandwidth) for name in PASSES}
+        return share(getattr(self.base.comparison.traffic, name), spread.median, self.bandwidth)
+
+    def call_shares(self, timing: Timing) -> dict[str, float]:
+        """Of a whole call, by pass."""
+        return {name: self.share(name, getattr(timing, name)) for name in PASSES}
+
+    @property
+    def stage_shares(self) -> dict[str, float]:
+        """Of each stage that passes over the logits, alone."""
+        stages = self.base.comparison.stages
+        return {name: self.share(PASS_OF[name], spread) for name, spread in stages.items() if name in PASS_OF}
 
 
 def speed_table(report: RunReport) -> Table:
@@ -64,18 +81,23 @@ def speed_table(report: RunReport) -> Table:
     out.add_column("variant")
     for name in PASSES:
         out.add_column(f"{name} ms", justify="right")
-    for name in ("vs eager", "share of copy: forward", "backward", "both", "host us"):
+    for name in ("vs eager", "call, share of copy: forward", "backward", "both", "host us"):
         out.add_column(name, justify="right")
     for row in report.base.rows:
         if row.name not in report.timed:
             out.add_row(row.name, Text("WRONG", style="bold red") if row.wrong else Text("not timed", style="yellow"))
             continue
         timing = report.timed[row.name]
-        shares = [f"{value:.0%}" for value in report.shares(timing).values()]
+        shares = [f"{value:.0%}" for value in report.call_shares(timing).values()]
         speedup = "-" if timing.speedup is None else f"{timing.speedup:.2f}x"
         host = f"{report.host[row.name].median:,.0f}" if row.name in report.host else "-"
         times = [ms(getattr(timing, name)) for name in PASSES]
         out.add_row(row.name, *times, speedup, *shares, host)
+    for name, value in report.stage_shares.items():
+        cells = [f"stage {name}", *[""] * 8]
+        at = 1 + PASSES.index(PASS_OF[name])
+        cells[at], cells[at + 4] = ms(report.base.comparison.stages[name]), f"{value:.0%}"
+        out.add_row(*cells)
     return out
 
 
@@ -94,12 +116,11 @@ def caption(report: RunReport) -> str:
     ]
     if report.bandwidth is not None:
         parts.append(f"Copy of the logits: {ms(base.floor['copy'])} ms, {report.bandwidth / 1e9:,.0f} GB/s.")
-    stages = base.comparison.stages
-    if stages:
-        alone = ", ".join(f"{name} {ms(spread)}" for name, spread in stages.items())
-        parts.append(f"Stages alone, ms: {alone}.")
+        parts.append(f"Read: {ms(base.floor['read'])} ms.")
     if report.trajectory_share is not None:
-        parts.append(f"Trajectory stage: {report.trajectory_share:.1%} of forward and backward.")
+        alone = ms(base.comparison.stages["trajectory"])
+        parts.append(f"Stages: of {report.ours_name}, each alone; a target is held against their share, not a call's.")
+        parts.append(f"Stage trajectory: {alone} ms, {report.trajectory_share:.1%} of forward and backward.")
     parts.append("Host: forward and backward on a tiny batch, without waiting for a GPU.")
     if base.case.config.power == "ess":
         parts.append(f"{P_NOTE}.")
@@ -107,10 +128,12 @@ def caption(report: RunReport) -> str:
 
 
 def summary_table(reports: list[RunReport]) -> Table:
-    """A line a case: our times and shares; the backward also over that of the same case without rows that it may skip."""
+    """A line a case: our times, and shares of a copy's bandwidth: of the stage, and of the whole call; the backward also
+    over that of the same case without rows that it may skip."""
     out = Table(title="this package, out of place")
     out.add_column("case")
-    for name in ("rows without gradient", *(f"{name} ms" for name in PASSES), "share: forward", "backward"):
+    shares = (f"{what} share: {name}" for name in PASSES[:2] for what in ("stage", "call"))
+    for name in ("rows without gradient", *(f"{name} ms" for name in PASSES), *shares):
         out.add_column(name, justify="right")
     for name in ("backward of full", "trajectory"):
         out.add_column(name, justify="right")
@@ -120,12 +143,13 @@ def summary_table(reports: list[RunReport]) -> Table:
         if ours is None:
             out.add_row(report.base.case.name, zero, Text("not timed", style="yellow"))
             continue
-        whole, shares, part = full.get(shape(report)), report.shares(ours), report.trajectory_share
+        whole, call, part = full.get(shape(report)), report.call_shares(ours), report.trajectory_share
+        stage = stage_share_of_copy(report)
         out.add_row(
             report.base.case.name,
             zero,
             *(f"{getattr(ours, name).median:.3g}" for name in PASSES),
-            *(f"{shares[name]:.0%}" for name in PASSES[:2]),
+            *(f"{found[name]:.0%}" for name in PASSES[:2] for found in (stage, call)),
             "-" if whole is None else f"{ours.backward.median / whole.backward.median:.2f}x",
             "-" if part is None else f"{part:.1%}",
         )
@@ -137,21 +161,39 @@ def shape(report: RunReport) -> tuple[Any, ...]:
     return tuple(value for name, value in asdict(report.base.case).items() if name not in LIMITS)
 
 
-def content(report: RunReport) -> dict[str, Any]:
-    """All figures with what they depend on."""
-    found = base_content(report.base)
+def stage_share_of_copy(report: RunReport) -> dict[str, float]:
+    """By pass, out of place: what a target for the bandwidth is held against."""
+    return {PASS_OF[name]: value for name, value in report.stage_shares.items() if name != "dlogits_"}
+
+
+def content(report: RunReport, complete: bool = True) -> dict[str, Any]:
+    """All figures with what they depend on; `complete`: the case is done."""
+    found = {"complete": complete, **base_content(report.base)}
     found["versions"] |= versions()
     for row, entry in zip(report.base.rows, found["results"], strict=True):
-        entry["share_of_copy"] = _shares(report, row)
+        timing, ours = report.timed.get(row.name), report.ours
+        entry["call_share_of_copy"] = report.call_shares(timing) if timing else None
+        entry["both_over_ours"] = timing.both.median / ours.both.median if timing and ours else None
     comparison = report.base.comparison
+    found["ours"] = report.ours_name
+    found["power"] = comparison.power
     found["model_bytes"] = {name: getattr(comparison.traffic, name) for name in PASSES}
     found["copy_bytes_a_second"] = report.bandwidth
-    found["stages"] = {name: asdict(spread) for name, spread in comparison.stages.items()}
+    found["stages"] = {name: stage_figures(report, name) for name in comparison.stages}
+    found["stage_share_of_copy"] = stage_share_of_copy(report)
     found["trajectory_share"] = report.trajectory_share
     found["host_microseconds"] = {name: asdict(spread) for name, spread in report.host.items()}
     found["not_measured"] = found.pop("skipped")
     return found
 
 
-def _shares(report: RunReport, row: Row) -> dict[str, float] | None:
-    return report.shares(report.timed[row.name]) if row.name in report.timed else None
+def stage_figures(report: RunReport, name: str) -> dict[str, Any]:
+    """Milliseconds of a stage, the fewest bytes that it can move, and at which rate."""
+    spread = report.base.comparison.stages[name]
+    moved = getattr(report.base.comparison.traffic, PASS_OF[name]) if name in PASS_OF else None
+    rate = None if moved is None else 1e-6 * moved / spread.median
+    return asdict(spread) | {
+        "bytes": moved,
+        "gigabytes_a_second": rate,
+        "share_of_copy": report.stage_shares.get(name),
+    }

@@ -1,18 +1,20 @@
-"""Each stage of the C++ kernels against the floor of this machine: bytes moved, and arithmetic on data in the cache.
+"""Each stage alone against the floor of this machine.
 
 python benchmarks/stages.py --out benchmarks/results/<machine>
 
-Writes stages.json and stages.png; `benchmarks/readme_table.py` puts the figures into docs/performance_cpu.md.
+On a GPU, or with --impl triton: the Triton kernels beside a copy of the logits, PMPO with p solved, trajectories of 4,096 and
+of 32,768 tokens (`stages_triton.py`); writes stages-triton.json and .png. Else the C++ kernels: bytes moved, and arithmetic on
+data in the cache; writes stages.json and .png, which `benchmarks/readme_table.py` puts into docs/performance_cpu.md.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +24,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import typer
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from stages_triton import measure_triton
+from suites import TINY_SCALE, rehearsal, solved
 
 from pmpo_kernels import LossConfig, pmpo_loss
 from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
@@ -31,7 +36,9 @@ from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.machine import provenance
-from pmpo_kernels.benchmarking.report import wide_console
+from pmpo_kernels.benchmarking.report import wide_console, write_json
+from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.impls import USABLE, available_impls
 from pmpo_kernels.ops import stage
 
 CACHED_V, CACHED_ROWS = 16384, (4, 12)  # logits that stay in the second-level cache, twice: calling costs drop out
@@ -157,45 +164,39 @@ def figure(content: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
-def main(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for stages.json and stages.png.")],
-    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary size V.")] = 151936,
-    batch: Annotated[int, typer.Option(min=1, help="Trajectories B.")] = 2,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens T a trajectory.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 15,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results in --out.")] = False,
-) -> None:
-    """Time the stages of the C++ kernels, float32 and bfloat16, with one thread and with all."""
-    files = {kind: out / f"stages.{kind}" for kind in ("json", "png")}
-    if not overwrite and any(path.exists() for path in files.values()):
-        raise typer.BadParameter(
-            "expected a folder without results; give --overwrite to replace them", param_hint="--out"
-        )
-    console = wide_console()
+class Impl(str, Enum):
+    """Whose stages."""
+
+    cpp = "cpp"
+    triton = "triton"
+
+
+def measure_cpp(shape: tuple[int, int, int], repeats: int, files: dict[str, Path], console: Console) -> None:
+    """Both dtypes and a long trajectory; the file is renewed after each."""
+    batch, tokens, vocab = shape
+    kinds: dict[str, Any] = {}
+    content = {
+        **provenance(),
+        "shape": shape,
+        "cached": {"vocab": CACHED_V, "rows": CACHED_ROWS},
+        "repeats": repeats,
+        "unit": "ms",
+        "dtypes": kinds,
+    }
     cases = [Case(vocab=vocab, batch=batch, tokens=tokens, dtype=kind) for kind in Dtype]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases) + 1)
-        kinds = {}
         for case in cases:
             progress.update(task, description=case.name, refresh=True)
             # a fresh process each: memory that one has kept would spare the next one its page faults
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
                 kinds[case.dtype.value] = fresh.submit(measure, case, repeats).result()
+            write_json(content, files["json"])
             progress.advance(task)
         progress.update(task, description="trajectory", refresh=True)
-        share = trajectory_share(repeats)
+        share = content["trajectory"] = trajectory_share(repeats)
+        write_json(content, files["json"])
         progress.advance(task)
-    content = {
-        **provenance(),
-        "shape": [batch, tokens, vocab],
-        "cached": {"vocab": CACHED_V, "rows": CACHED_ROWS},
-        "repeats": repeats,
-        "unit": "ms",
-        "dtypes": kinds,
-        "trajectory": share,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    files["json"].write_text(json.dumps(content, indent=2) + "\n")
     figure(content, files["png"])
     table = Table(title=f"logits ({batch}, {tokens}, {vocab})")
     for column in ("dtype", "threads", *next(iter(kinds["float32"]["threads"].values()))):
@@ -206,7 +207,55 @@ def main(
     console.print(table)
     percent = share["trajectory"]["median"] / share["step"]["median"]
     console.print(f"trajectory stage, {LONG[1]} tokens, V = {LONG[2]}: {percent:.2%} of the step")
+
+
+def triton_cases(tiny: bool, vocab: int | None, batch: int | None, tokens: int | None) -> list[Case]:
+    """PMPO with p solved on two trajectories of 4,096 tokens and on one of 32,768; or the one shape that is given."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = solved(device, TINY_SCALE if tiny else 1)
+    if tiny:
+        cases = rehearsal(cases)
+    if batch or tokens:
+        cases = [replace(cases[0], batch=batch or cases[0].batch, tokens=tokens or cases[0].tokens)]
+    return [replace(case, vocab=vocab, model=f"v{vocab}") for case in cases] if vocab else cases
+
+
+def main(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")],
+    impl: Annotated[Impl | None, typer.Option(help="Whose stages.", show_default="triton on a GPU, else cpp")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Vocabulary size V.", show_default="151936")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Trajectories B.", show_default="2; triton: 2 and 1")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens T a trajectory.", show_default="512; triton: 4096 and 32768")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 15,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Triton, a rehearsal: few tokens and V = 320.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results in --out.")] = False,
+) -> None:
+    """Time each stage alone: of the Triton kernels, in bfloat16, or of the C++ kernels, in both dtypes, with one thread and
+    with all. The exit code is 1 if a result of Triton is wrong."""
+    triton = impl is Impl.triton or (impl is None and torch.cuda.is_available())
+    status = available_impls()[(impl or (Impl.triton if triton else Impl.cpp)).value]
+    if not status.startswith(USABLE):
+        raise typer.BadParameter(
+            f"expected an implementation that runs here, got one that does not: {status}", param_hint="--impl"
+        )
+    if tiny and not triton:
+        raise typer.BadParameter(
+            "expected --impl triton with it, got cpp, whose shapes are --vocab, --batch and --tokens",
+            param_hint="--tiny",
+        )
+    files = {kind: out / f"stages{'-triton' if triton else ''}.{kind}" for kind in ("json", "png")}
+    check_files(list(files.values()), overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    console, wrong = wide_console(), False
+    if triton:
+        wrong = measure_triton(triton_cases(tiny, vocab, batch, tokens), repeats, files, console)
+    else:
+        measure_cpp((batch or 2, tokens or 512, vocab or 151936), repeats, files, console)
     console.print(f"Written: {files['json']}, {files['png']}", soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

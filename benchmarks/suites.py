@@ -12,6 +12,7 @@ MODELS = {"qwen2.5": 151936, "llama3": 128256, "smollm2": 49152, "gpt2": 50257, 
 Model = Enum("Model", {name: name for name in MODELS}, type=str)
 BATCH, TOKENS = 8, 1024
 CPU_SCALE = 64  # on a CPU trajectories are so many times shorter
+TINY_SCALE, TINY_VOCAB = 1024, 320  # a rehearsal's
 NO_ZEROS = {"padded": 0.0, "clipped": 0.0, "zero_advantage": 0.0}
 WHOLE = {"padded": 0.0, "zero_advantage": 0.0}  # with the usual share clipped, so that p is solved
 HALF_CLIPPED = {**NO_ZEROS, "clipped": 0.5}
@@ -19,8 +20,11 @@ HALF_ZERO_ADVANTAGE = {**NO_ZEROS, "zero_advantage": 0.5}
 
 
 class Suite(str, Enum):
-    """`quick`: minutes. `full`: every model, dtype and kind of loss, T from 512 to 32,768."""
+    """`main`: the case that is asked for most. `more`: what rows without a gradient save, sequences, p solved, a row of
+    32,768 tokens. `quick`: both and two others. `full`: every model, dtype and kind of loss, T from 512 to 32,768."""
 
+    main = "main"
+    more = "more"
     quick = "quick"
     full = "full"
 
@@ -41,26 +45,38 @@ def case(
     )
 
 
-def suite(name: Suite, device: str) -> list[Case]:
-    """Token and sequence level losses beside Liger's, two lengths, and how much rows without a gradient save.
+def solved(device: str, scale: int) -> list[Case]:
+    """PMPO with p solved on whole trajectories: two of 4,096 tokens, one of 32,768."""
+    return [
+        case("qwen2.5", batch, tokens // scale, "bfloat16", "pmpo", device, WHOLE)
+        for batch, tokens in ((2, 4096), (1, 32768))
+    ]
 
-    The pmpo cases solve p. On a GPU the logits take 2.5 to 6.4 GB (quick) or 0.3 to 10 GB (full).
+
+def suite(name: Suite, device: str, scale: int | None = None) -> list[Case]:
+    """Token and sequence level losses beside Liger's, lengths, and how much rows without a gradient save; trajectories are
+    `scale` times shorter, by default `CPU_SCALE` on a CPU.
+
+    The pmpo cases solve p. On a GPU the logits take 2.5 to 10 GB (quick) or 0.3 to 10 GB (full).
     """
-    scale = 1 if device != "cpu" else CPU_SCALE
+    scale = scale or (1 if device != "cpu" else CPU_SCALE)
     # what is asked most first: a run that is stopped has written the cases before
-    cases = [
-        case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, NO_ZEROS),
+    main = [case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, NO_ZEROS)]
+    more = [
+        case("qwen2.5", 8, 1024 // scale, "bfloat16", "gspo", device, NO_ZEROS),
         case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, HALF_CLIPPED),
         case("qwen2.5", 2, 4096 // scale, "bfloat16", "grpo", device, HALF_ZERO_ADVANTAGE),
-        case("qwen2.5", 8, 1024 // scale, "bfloat16", "gspo", device, NO_ZEROS),
-        case("qwen2.5", 2, 4096 // scale, "bfloat16", "pmpo", device, WHOLE),
-        case("smollm2", 1, 32768 // scale, "float32", "pmpo", device),
+        *solved(device, scale),
+    ]
+    others = [
         case("qwen2.5", 8, 1024 // scale, "bfloat16", "grpo", device),
         case("qwen2.5", 4, 4096 // scale, "bfloat16", "grpo", device),
     ]
-    if name is Suite.quick:
-        return cases
+    found = {Suite.main: main, Suite.more: more, Suite.quick: main + more + others}
+    if name in found:
+        return found[name]
     grid = product(MODELS, Dtype, (Preset.grpo, Preset.gspo, Preset.pmpo))
+    cases = [*main, *more, *others]
     cases += [case(model, BATCH, TOKENS // scale, dtype, preset, device) for model, dtype, preset in grid]
     lengths = ((2, 512), (8, 512), (8, 2048), (1, 8192), (1, 16384), (1, 32768))
     cases += [case("qwen2.5", B, T // scale, "bfloat16", "grpo", device) for B, T in lengths]
@@ -76,18 +92,25 @@ def choose(
     tokens: list[int],
     batch: int | None,
     fractions: dict[str, float],
+    tiny: bool = False,
 ) -> list[Case]:
     """The suite; or, if an axis is given, all combinations of what is given, with one usual value for each other axis.
 
-    `fractions` replaces those of every case.
+    `fractions` replaces those of every case. `tiny`: see `rehearsal`.
     """
-    cases = suite(name, device)
+    scale = TINY_SCALE if tiny else CPU_SCALE if device == "cpu" else 1
+    cases = suite(name, device, scale)
     if models or dtypes or presets or tokens or batch:
-        usual = TOKENS if device != "cpu" else TOKENS // CPU_SCALE
         grid = product(models or [Model("qwen2.5")], dtypes or [Dtype.bfloat16], presets or [Preset.grpo])
         cases = [
             case(model.value, batch or BATCH, T, dtype, preset, device)
             for model, dtype, preset in grid
-            for T in tokens or [usual]
+            for T in tokens or [TOKENS // scale]
         ]
-    return list(dict.fromkeys(replace(case, **fractions) for case in cases))
+    cases = [replace(case, **fractions) for case in cases]
+    return list(dict.fromkeys(rehearsal(cases) if tiny else cases))
+
+
+def rehearsal(cases: list[Case]) -> list[Case]:
+    """The same with a vocabulary of `TINY_VOCAB`, to see that everything runs: its times say nothing."""
+    return [replace(case, vocab=TINY_VOCAB, model="tiny") for case in cases]

@@ -84,6 +84,40 @@ def test_suites_have_every_model_and_fit_their_devices() -> None:
     assert [case.name for case in chosen] == [f"qwen2.5-8x{T}-float32-grpo-p0-c0.05-z0.125" for T in (16, 32)]
 
 
+def test_the_two_small_suites_are_the_beginning_of_the_usual_one() -> None:
+    main, more = suite(Suite.main, "cuda"), suite(Suite.more, "cuda")
+    assert suite(Suite.quick, "cuda")[: len(main + more)] == main + more
+    assert [
+        (case.preset.value, case.batch, case.tokens, case.clipped, case.zero_advantage) for case in main + more
+    ] == [
+        ("grpo", 2, 4096, 0.0, 0.0),
+        ("gspo", 8, 1024, 0.0, 0.0),
+        ("grpo", 2, 4096, 0.5, 0.0),
+        ("grpo", 2, 4096, 0.0, 0.5),
+        ("pmpo", 2, 4096, 0.05, 0.0),
+        ("pmpo", 1, 32768, 0.05, 0.0),
+    ]
+    assert {(case.vocab, case.dtype, case.padded) for case in main + more} == {(151936, Dtype.bfloat16, 0.0)}
+
+
+def test_a_rehearsal_has_the_cases_of_the_suite_on_a_few_tokens() -> None:
+    whole, tiny = (choose(Suite.quick, "cuda", [], [], [], [], None, {}, tiny) for tiny in (False, True))
+    assert [replace(case, vocab=0, tokens=0, model=None) for case in tiny] == [
+        replace(case, vocab=0, tokens=0, model=None) for case in whole
+    ]
+    assert all(case.logits_bytes <= 2 * 32 * 320 for case in tiny)
+    assert len({case.name for case in tiny}) == len(tiny)
+
+
+@pytest.mark.parametrize("tokens", [4096, 32768])
+def test_p_is_solved_between_its_limits_where_the_trajectory_stage_is_measured(tokens: int) -> None:
+    (case,) = (case for case in suite(Suite.more, "cpu", 1) if case.preset is Preset.pmpo and case.tokens == tokens)
+    i = build_inputs(replace(case, vocab=40))
+    assert i.power is not None
+    assert i.power.shape == (case.batch,)
+    assert 0.2 < float(i.power.min()) <= float(i.power.max()) < 1
+
+
 def test_bytes_and_shares_by_hand() -> None:
     case = Case(vocab=100, batch=2, tokens=5, dtype=Dtype.bfloat16)
     moved = traffic.model_bytes(case, unmasked_rows=8, gradient_rows=6)

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peers
 import pytest
+import readme_table
 import run
 import torch
 from run_report import RunReport, summary_table
@@ -157,6 +159,15 @@ def test_a_peer_that_fails_is_reported_and_ours_is_raised() -> None:
         compared(SMALL, Variant("ours", "fused", fails))
 
 
+def test_a_peer_that_cannot_be_imported_is_reported() -> None:
+    def build(config: LossConfig) -> LossFunction:
+        raise ImportError("no module named accelerate")
+
+    broken, eager = compared(SMALL, Variant("theirs", PEER, build), EAGER).rows
+    assert broken.problem == "theirs failed: ImportError: no module named accelerate"
+    assert eager.timings
+
+
 def test_a_variant_can_have_logits_with_one_more_position() -> None:
     T, shapes = SMALL.tokens, []
 
@@ -297,6 +308,8 @@ def test_run_writes_its_files_and_overwrites_none(tmp_path: Path) -> None:
         assert untimed == (DEVICE == "cpu" and row["name"].startswith(("triton", "Liger")))
         assert untimed == bool(row["problem"])
     check_figures(content, rows[fused])
+    assert (content["complete"], content["ours"], rows[fused]["both_over_ours"]) == (True, fused, 1.0)
+    check_table(content)
     assert set(content["host_microseconds"]) >= {EAGER.name, fused}
     assert "backward of full" in result.output
     again = runner.invoke(run.app, arguments)
@@ -312,10 +325,35 @@ def check_figures(content: dict[str, Any], row: dict[str, Any]) -> None:
     assert content["copy_bytes_a_second"] == pytest.approx(2 * content["case"]["logits_bytes"] / (copy / 1e3))
     for name, moved in content["model_bytes"].items():
         seconds = timing[name]["median"] / 1e3
-        assert row["share_of_copy"][name] == pytest.approx(moved / seconds / content["copy_bytes_a_second"])
+        assert row["call_share_of_copy"][name] == pytest.approx(moved / seconds / content["copy_bytes_a_second"])
+    for stage, passes in (("token_logp", "forward"), ("dlogits", "backward"), ("dlogits_", "backward")):
+        found, moved = content["stages"][stage], content["model_bytes"][passes]
+        assert found["bytes"] == moved
+        assert found["gigabytes_a_second"] == pytest.approx(moved / found["median"] / 1e6)
+        assert found["share_of_copy"] == pytest.approx(
+            1e9 * found["gigabytes_a_second"] / content["copy_bytes_a_second"]
+        )
+        assert stage == "dlogits_" or content["stage_share_of_copy"][passes] == found["share_of_copy"]
     part = content["stages"]["trajectory"]["median"] / timing["both"]["median"]
     assert content["trajectory_share"] == pytest.approx(part)
     assert content["settings"]["repeats"] == len(timing["samples"]) == 2
+
+
+def check_table(content: dict[str, Any]) -> None:
+    """Of the README: a stage's share beside that of the call, and a row that has no times yet."""
+    row = next(row for row in content["results"] if row["name"] == content["ours"])
+    unfinished = {**row, "name": "later", "timings": {}, "call_share_of_copy": None}
+    page = readme_table.ROOT / "benchmarks" / "results" / "x" / "run-x.json"
+    *_, ours, later, token_logp, dlogits, dlogits_ = readme_table.shares(
+        {page: {**content, "results": [row, unfinished]}}
+    )
+    assert f"({row['call_share_of_copy']['forward']:.0%})" in ours
+    assert "| later | stopped before its times |" in later
+    forward, backward = (f"{content['stage_share_of_copy'][name]:.0%}" for name in ("forward", "backward"))
+    assert "stage `token_logp` alone" in token_logp
+    assert f"({forward})" in token_logp.split("|")[3]
+    assert f"({backward})" in dlogits.split("|")[4]
+    assert "stage `dlogits_` alone" in dlogits_
 
 
 def test_run_shows_a_wrong_row_and_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +369,7 @@ def test_run_shows_a_wrong_row_and_exits_with_1(tmp_path: Path, monkeypatch: pyt
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     row = content["results"][1]
-    assert (row["wrong"], row["timings"], row["share_of_copy"]) == (True, {}, None)
+    assert (row["wrong"], row["timings"], row["call_share_of_copy"]) == (True, {}, None)
     assert "changed" not in content["host_microseconds"]
     assert content["not_measured"]["someone"] == "not installed"
 
@@ -346,6 +384,7 @@ def test_run_shows_a_wrong_row_and_exits_with_1(tmp_path: Path, monkeypatch: pyt
         ("--zero-advantage", "nan", "zero_advantage: expected a fraction from 0 to 1.0, got nan"),
         ("--tokens", "0", "1"),
         ("--tokens", "100000000", "GiB available"),
+        ("--suite", "long", "'more'"),
     ],
 )
 def test_run_names_a_bad_option(option: str, value: str, expected: str, tmp_path: Path) -> None:
@@ -372,6 +411,37 @@ def test_the_summary_has_the_backward_over_that_of_the_full_case() -> None:
     assert cells["rows without gradient"] == ["0%", "50%", "0%"]
     assert cells["trajectory"] == ["3.1%"] * 3
     assert cells["backward ms"] == ["4", "3", "1"]
+
+
+def plan_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[Case, str | None]]:
+    """What would be measured: each case, and why torch.compile is left out of it."""
+    planned: list[tuple[Case, str | None]] = []
+
+    def plan(case: Case, repeats: int, left_out: str | None, *rest: object) -> SimpleNamespace:
+        planned.append((case, left_out))
+        return SimpleNamespace(base=SimpleNamespace(comparison=SimpleNamespace(wrong=False)))
+
+    monkeypatch.setattr(run, "run_case", plan)
+    monkeypatch.setattr(run, "summary_table", lambda reports: "")
+    monkeypatch.setattr(run, "write_tokens", lambda reports, path: False)
+    result = runner.invoke(run.app, arguments)
+    assert result.exit_code == 0, result.output
+    return planned
+
+
+def test_torch_compile_is_in_the_first_case_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--suite", "more", "--tiny", "--out", str(tmp_path))
+    reasons = {flag: [why for _, why in plan_of(monkeypatch, *arguments, *flag)] for flag in ((), ("--compile",))}
+    assert reasons[()] == [None, *["in the first case only, unless --compile"] * 4]
+    assert reasons["--compile",] == [None] * 5
+    assert {why for _, why in plan_of(monkeypatch, *arguments, "--no-compile")} == {"left out by --no-compile"}
+
+
+def test_a_case_of_a_suite_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "memory_problem", lambda case: "too large" if case.batch == 1 else None)
+    cases = [case for case, _ in plan_of(monkeypatch, "--suite", "more", "--tiny", "--out", str(tmp_path))]
+    assert [case.batch for case in cases] == [8, 2, 2, 2]
+    assert {case.vocab for case in cases} == {320}
 
 
 def test_an_error_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:

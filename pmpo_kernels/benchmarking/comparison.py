@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from pmpo_kernels.benchmarking import accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, using
 from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.head_accuracy import HeadErrors
-from pmpo_kernels.benchmarking.inputs import build_inputs
+from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps, Times, lap, rotating
 from pmpo_kernels.benchmarking.memory import peak_memory
 from pmpo_kernels.benchmarking.stages import stage_functions
@@ -87,23 +89,28 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """Rows in the order of the variants; ms of one read and one copy of the logits; ms of each stage of the first fused
-    variant alone; the fewest bytes a pass can move; rows of the logits whose gradient is not 0."""
+    variant alone; the fewest bytes a pass can move; rows of the logits whose gradient is not 0; smallest and largest
+    adaptive p where A is not 0."""
 
     rows: list[Row]
     floor: dict[str, Spread]
     stages: dict[str, Spread]
     traffic: Traffic
     gradient_rows: int
+    power: tuple[float, float] | None = None
 
     @property
     def wrong(self) -> bool:
         return any(row.wrong for row in self.rows)
 
 
-def run_once(row: Row, bench: Steps, f: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
-    """Loss and gradients of one run; where it is a peer's failure or the memory is too small None, and the row says why."""
+Result = TypeVar("Result")
+
+
+def attempt(row: Row, call: Callable[[], Result]) -> Result | None:
+    """What the call returns; where it is a peer's failure or the memory is too small None, and the row says why."""
     try:
-        return bench.run(f)
+        return call()
     except torch.OutOfMemoryError:
         row.problem = "out of GPU memory"
     except Exception as error:
@@ -111,6 +118,11 @@ def run_once(row: Row, bench: Steps, f: Callable[..., Tensor]) -> tuple[Tensor, 
             raise
         row.problem = f"{row.name} failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     return None
+
+
+def run_once(row: Row, bench: Steps, f: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
+    """Loss and gradients of one run, as `attempt`."""
+    return attempt(row, lambda: bench.run(f))
 
 
 def judge(row: Row) -> None:
@@ -144,78 +156,123 @@ def compare(
     advance: Callable[[str], None],
     settings: list[Allocator],
     memory: bool = True,
+    save: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Build the inputs, check, measure memory, time under each setting of the allocator; `advance(what)` is called before
-    each of `steps(...)` steps."""
+    each of `steps(...)` steps.
+
+    `save` is given what there is after each row that was checked, each memory figure and each timed round. With it
+    everything else is timed before torch.compile begins, which may take longer than all of it, and then again beside it.
+    """
     advance("building inputs")
     inputs = build_inputs(case)
     benches = {one_more: Bench(inputs, one_more) for one_more in {variant.one_more for variant in chosen}}
     want = accuracy.exact(inputs, case.config)
-    rows, functions = [], {}
-    for variant in chosen:
-        advance(f"checking {variant.name}")
-        row, f = Row(variant.name, variant.group), variant.build(case.config)
-        check(row, benches[variant.one_more], f, case, want)
-        row.problem = row.problem or variant.untimed
-        if not row.problem:
-            functions[variant] = f
-        rows.append(row)
-    for variant, row in zip(chosen, rows, strict=True):
-        advance(f"memory of {variant.name}")
-        if memory and variant in functions:
-            row.peak_bytes = peak_memory(case, variant, benches[variant.one_more], functions[variant])
-    floor: dict[str, list[float]] = {}
-    stages: dict[str, list[float]] = {}
-    for allocator in settings if functions else []:
-        with using(allocator):
-            _time(case, benches, functions, WARMUP_ROUNDS, advance)
-            samples, *more = _time(case, benches, functions, repeats, advance)
-        summarise(rows, allocator, samples)
-        for total, found in zip((floor, stages), more, strict=True):
-            for what, values in found.items():
-                total.setdefault(what, []).extend(values)
-    return Comparison(
-        rows,
-        {what: Spread.of(values) for what, values in floor.items()},
-        {what: Spread.of(values) for what, values in stages.items()},
-        model_bytes(case, int(inputs.mask.sum()), want.gradient_rows),
-        want.gradient_rows,
-    )
+    rows = {variant: Row(variant.name, variant.group) for variant in chosen}
+    traffic = model_bytes(case, int(inputs.mask.sum()), want.gradient_rows)
+    found = Comparison(list(rows.values()), {}, {}, traffic, want.gradient_rows, _powers(inputs))
+    functions: dict[Variant, LossFunction] = {}
+    for part in parts(chosen, save is not None):
+        for variant in part:
+            advance(f"checking {variant.name}")
+            row = rows[variant]
+            f = attempt(row, partial(variant.build, case.config))
+            if f is not None:
+                check(row, benches[variant.one_more], f, case, want)
+                row.problem = row.problem or variant.untimed
+            if f is not None and not row.problem:
+                functions[variant] = f
+            if save:
+                save(found)
+        for variant in part:
+            advance(f"memory of {variant.name}")
+            if memory and variant in functions:
+                rows[variant].peak_bytes = peak_memory(case, variant, benches[variant.one_more], functions[variant])
+                if save:
+                    save(found)
+        if any(variant in functions for variant in part):
+            # rounds are on file as they are done, unless there is a whole set of them already
+            time_rows(found, case, benches, functions, repeats, advance, settings, None if found.floor else save)
+    return found
 
 
-Samples = dict[str, list[float]]
+def parts(chosen: list[Variant], early: bool) -> list[list[Variant]]:
+    """What is checked and timed one after the other: all variants, or with `early` torch.compile after the others."""
+    late = [variant for variant in chosen if early and variant == COMPILED]
+    return [part for part in ([variant for variant in chosen if variant not in late], late) if part]
 
 
-def _time(
+def _powers(inputs: Inputs) -> tuple[float, float] | None:
+    if inputs.power is None or not bool(inputs.advantages.any()):
+        return None
+    solved = inputs.power[inputs.advantages != 0]
+    return float(solved.min()), float(solved.max())
+
+
+def time_rows(
+    found: Comparison,
     case: Case,
     benches: dict[bool, Bench],
     functions: dict[Variant, LossFunction],
     repeats: int,
     advance: Callable[[str], None],
-) -> tuple[dict[str, list[Times]], Samples, Samples]:
-    """Interleaved samples of every variant, of the floor, and of the stages of the first fused variant."""
+    settings: list[Allocator],
+    save: Callable[[Comparison], None] | None,
+) -> None:
+    """Timings of the rows that have a function, of the floor and of the stages, over the rounds of all settings."""
+    totals: tuple[Samples, Samples] = ({}, {})
+    for allocator in settings:
+        with using(allocator):
+            for _ in _rounds(case, benches, functions, WARMUP_ROUNDS, advance):
+                pass
+            before = [dict(total) for total in totals]
+            for samples, *more in _rounds(case, benches, functions, repeats, advance):
+                summarise(found.rows, allocator, samples)
+                for into, total, old, new in zip((found.floor, found.stages), totals, before, more, strict=True):
+                    total |= {what: old.get(what, []) + values for what, values in new.items()}
+                    into |= {what: Spread.of(values) for what, values in total.items()}
+                if save:
+                    save(found)
+
+
+Samples = dict[str, list[float]]
+
+
+def _rounds(
+    case: Case,
+    benches: dict[bool, Bench],
+    functions: dict[Variant, LossFunction],
+    repeats: int,
+    advance: Callable[[str], None],
+) -> Iterator[tuple[dict[str, list[Times]], Samples, Samples]]:
+    """After each round the interleaved samples so far of every variant, of the floor, and of the stages of the first fused
+    variant."""
     named = {variant.name: variant for variant in functions}
     times: dict[str, list[Times]] = {name: [] for name in named}
     cuda = case.device != "cpu"
-    first = benches[next(iter(functions)).one_more]
-    impl = next((variant.impl for variant in functions if variant.impl), None)
-    alone = stage_functions(impl, first.inputs, case.config) if impl else {}
+    ours = next((variant for variant in functions if variant.impl), next(iter(functions)))
+    bench = benches[ours.one_more]
+    bench.restore()
+    work = bench.inputs._replace(logits=bench.logits.detach()[:, : case.tokens])
+    alone = stage_functions(ours.impl, work, case.config) if ours.impl else {}
     floor: Samples = {"read": [], "copy": []}
     stages: Samples = {name: [] for name in alone}
     for names in rotating(list(named), repeats):
         advance("timing")
         for name in names:
             times[name].append(benches[named[name].one_more].time(functions[named[name]]))
-        for what, ms in first.floor().items():
+        for what, ms in bench.floor().items():
             floor[what].append(ms)
         for what, f in alone.items():
+            bench.restore()
             stages[what].append(lap(f, cuda))
-    return times, floor, stages
+        yield times, floor, stages
 
 
-def steps(chosen: list[Variant], repeats: int, settings: list[Allocator]) -> int:
-    """How often `compare` calls `advance` at most."""
-    return 1 + 2 * len(chosen) + (WARMUP_ROUNDS + repeats) * len(settings)
+def steps(chosen: list[Variant], repeats: int, settings: list[Allocator], early: bool = False) -> int:
+    """How often `compare` calls `advance` at most; `early`: with `save`."""
+    rounds = (WARMUP_ROUNDS + repeats) * len(settings)
+    return 1 + 2 * len(chosen) + rounds * len(parts(chosen, early))
 
 
 def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def devices() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str | None:
     """Last commit that touched the package, with "-dirty" if the files differ from it; None outside a repository."""
 

@@ -1,4 +1,4 @@
-"""Time of a variant: wall time on the CPU, events on a GPU, where the second-level cache is flushed before each region."""
+"""Time of a variant: wall time on the CPU, events on a GPU, where the second-level cache is emptied before each region."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from pmpo_kernels.benchmarking.allocator import page_faults
 from pmpo_kernels.benchmarking.inputs import Inputs
 
-FLUSH_FACTOR = 4  # sizes of the second-level cache that are written to empty it
+FLUSH_FACTOR = 4  # sizes of the second-level cache that are read to empty it
 LEAD_CYCLES = 10_000_000  # about 5 ms in which the host queues the kernels of a region
 TIME_METHOD = {
     "cpu": "wall time; both is forward and backward of one run",
-    "cuda": f"CUDA events; before each region {FLUSH_FACTOR} times the L2 cache is written, then the GPU waits {LEAD_CYCLES} "
-    "cycles so that the host runs ahead; forward and backward of one run, both of another without a flush between them",
+    "cuda": f"CUDA events; before each region {FLUSH_FACTOR} times the L2 cache is read, which leaves nothing in it to be written "
+    f"back later, then the GPU waits {LEAD_CYCLES} cycles so that the host runs ahead; forward and backward of one run, both of "
+    "another without emptying the cache between them",
 }
 
 
@@ -114,7 +115,7 @@ class Bench(Steps):
 
 
 def lap(f: Callable[[], object], cuda: bool) -> float:
-    """Milliseconds of one call, with the cache flushed before it."""
+    """Milliseconds of one call, with the cache emptied before it."""
     mark, milliseconds = clock(cuda)
     mark()
     f()
@@ -125,13 +126,13 @@ def lap(f: Callable[[], object], cuda: bool) -> float:
 @cache
 def _scrap(device: int) -> Tensor:
     size = FLUSH_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(size, dtype=torch.uint8, device=device)
+    return torch.zeros(size // 4, dtype=torch.int32, device=torch.device("cuda", device))
 
 
 def settle(cuda: bool) -> None:
     """Before a timed region of a GPU: the cache is emptied, and the stream gets a lead for the host to queue the region in."""
     if cuda:
-        _scrap(torch.cuda.current_device()).zero_()
+        _scrap(torch.cuda.current_device()).amax()  # a read: lines that a write leaves would go to memory in the region
         torch.cuda._sleep(LEAD_CYCLES)
 
 

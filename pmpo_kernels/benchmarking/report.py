@@ -154,6 +154,9 @@ def content(report: Report) -> dict[str, Any]:
 
 
 def write_json(found: dict[str, Any], path: Path) -> None:
-    """As a file; JSON has no infinity: an error that is not finite becomes null beside its problem."""
+    """As a file, which a kill leaves as it was or as it becomes. JSON has no infinity: an error that is not finite becomes
+    null beside its problem."""
     text = json.dumps(found, indent=2, ensure_ascii=False, default=str).replace(": Infinity", ": null")
-    path.write_text(text + "\n", encoding="utf-8")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)

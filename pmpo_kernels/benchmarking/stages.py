@@ -1,4 +1,4 @@
-"""The three stages of an implementation, each timed alone."""
+"""The stages of an implementation, each to be timed alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ StageFunctions = dict[str, Callable[[], object]]
 
 
 def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunctions:
-    """`token_logp`, `trajectory` (p solved where it is adaptive) and `dlogits` (out of place), on this batch."""
+    """`token_logp`, `trajectory` (p solved where it is adaptive), `dlogits`, and `dlogits_` in place, which writes over the
+    logits of the inputs: they have to be restored after it."""
     i = inputs
     B, T = i.mask.shape
     logp, row_max, row_sum, entropy = stage("token_logp", impl)(i.logits, i.token_ids, i.mask, config.temperature)
@@ -28,4 +29,5 @@ def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunct
         "token_logp": lambda: stage("token_logp", impl)(i.logits, i.token_ids, i.mask, config.temperature),
         "trajectory": lambda: stage("trajectory", impl)(*tokens, *rest),
         "dlogits": lambda: stage("dlogits", impl)(i.logits, i.token_ids, i.mask, *saved),
+        "dlogits_": lambda: stage("dlogits_", impl)(i.logits, i.token_ids, i.mask, *saved),
     }

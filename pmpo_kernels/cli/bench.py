@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pmpo_kernels.benchmarking.allocator import Allocator
     from pmpo_kernels.benchmarking.comparison import Comparison
     from pmpo_kernels.benchmarking.variants import Variant
@@ -95,20 +97,35 @@ def check_memory(cases: list[Case], options: str) -> None:
         )
 
 
+def memory_problem(case: Case) -> str | None:
+    """Why a case cannot be measured, if it needs more memory than there is."""
+    try:
+        check_memory([case], "")
+    except typer.BadParameter as error:
+        return error.message
+    return None
+
+
 def measure(
-    case: Case, chosen: list[Variant], repeats: int, settings: list[Allocator], console: Console, memory: bool = True
+    case: Case,
+    chosen: list[Variant],
+    repeats: int,
+    settings: list[Allocator],
+    console: Console,
+    memory: bool = True,
+    save: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """`compare` with a progress bar."""
     from pmpo_kernels.benchmarking.comparison import compare, steps
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(case.name, total=steps(chosen, repeats, settings))
+        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, save is not None))
 
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
 
-        return compare(case, chosen, repeats, advance, settings, memory)
+        return compare(case, chosen, repeats, advance, settings, memory, save)
 
 
 def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
