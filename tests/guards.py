@@ -30,6 +30,7 @@ WRITES = {
     "_token_logp_merge_kernel": ROW_RESULTS,
     "_dlogits_bwd_kernel": ("out_ptr",),
     "_trajectory_fwd_kernel": ("dlogp_ptr", "dentropy_ptr", "stats_ptr"),
+    "_scale_bwd_kernel": ("gradient_ptr",),
     "token_logp.cpp": (),
     "trajectory.cpp": (),
     "dlogits.cpp": (),
@@ -37,7 +38,7 @@ WRITES = {
     "solve_power.cpp": (),
 }
 """Arguments that each kernel writes; C++ operators allocate their results themselves. All else is only read."""
-UPDATES = {"dlogits_.cpp": ("logits",)}
+UPDATES = {"dlogits_.cpp": ("logits",), "_scale_bwd_kernel": ("gradient_ptr",)}
 """Those among them that it reads too, of one argument."""
 
 
