@@ -245,14 +245,18 @@ LIBRARY.impl("linear_loss", linear_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("pmpo_kernels::linear_loss", fake, lib=LIBRARY)
 
 
+def frees_graph() -> bool:
+    """Whether the backward pass under way frees what is saved, so that nobody can ask for it again."""
+    return not getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
 def scaled(gradient: Tensor, dtype: torch.dtype, factor: Tensor, impl: str) -> Tensor:
-    """gradient x factor (), computed in the factor's dtype and rounded once to `dtype`: in place where the graph is freed, so that
-    nobody can ask for the saved gradients again."""
+    """gradient x factor (), computed in the factor's dtype and rounded once to `dtype`: in place where the graph is freed."""
     if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if kept() or not gradient.is_contiguous():
+    if not frees_graph() or not gradient.is_contiguous():
         gradient = gradient.clone(memory_format=torch.contiguous_format)
+    torch.autograd.graph.increment_version(gradient)  # a second backward raises, even if this one is interrupted
     stage("scale_", "reference" if impl == "cpp" else impl)(gradient, factor)
     return gradient.to(dtype)
 

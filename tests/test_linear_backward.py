@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import pmpo_kernels.chunks
+import pmpo_kernels.linear
 import pmpo_kernels.projection
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
 from pmpo_kernels.impls import interpreted
@@ -64,6 +65,35 @@ def test_gradients_that_were_given_stay(dtype: torch.dtype, impl: str, device: s
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     pointers = [x.untyped_storage().data_ptr() for gradients in given for x in gradients]
     assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_an_interrupted_backward_pass_scales_nothing_twice(
+    retain_graph: bool, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was scaled in place is not handed out by another backward pass: that raises. With retain_graph=True it repeats."""
+    head = head_case(torch.float32, device)
+    leaves, three = leaves_of(head, True, True), torch.tensor(3.0, device=device)
+    want = torch.autograd.grad(call(head, leaves, impl=impl), leaves, three)
+    loss = call(head, leaves, impl=impl)
+
+    def interrupted(name: str, chosen: str) -> Callable[[Tensor, Tensor], None]:
+        def run(gradient: Tensor, factor: Tensor) -> None:
+            stage(name, chosen)(gradient, factor)
+            raise KeyboardInterrupt
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pmpo_kernels.linear, "stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            torch.autograd.grad(loss, leaves, three, retain_graph=retain_graph)
+    if retain_graph:
+        again = torch.autograd.grad(loss, leaves, three)
+        assert all(torch.equal(x, y) for x, y in zip(again, want, strict=True))
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaves, three)
 
 
 @pytest.mark.parametrize("chosen", ["reference", "triton"])
