@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from head_cases import head_case, run_head
+from head_cases import call as call_head
+from head_cases import head_case, leaves_of, run_head
 from helpers import same_bits
 from small_model import CONFIG, Model, batch
 
@@ -157,6 +158,23 @@ def test_the_head_waits_twice_and_once_a_chunk() -> None:
     lengths = [n for n, A in zip(head.case.mask.sum(1).tolist(), head.case.advantages.tolist(), strict=True) if A]
     assert len(found) <= 2 + len(list(pack(lengths, 12))), [str(w.message) for w in found]
     assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_backward_pass_of_the_head_waits_for_nothing(dtype: torch.dtype) -> None:
+    """The factor stays on the GPU, 1 or not; the kernel has the reference's bits, rounded once."""
+    head = head_case(dtype, "cuda")
+    leaves = leaves_of(head, True, True)
+    whole = [x.float() for x in torch.autograd.grad(call_head(head, leaves, config=LossConfig.pmpo()), leaves)]
+    for factor in (1.0, 2.0**-3):  # exact
+        loss, by = call_head(head, leaves, config=LossConfig.pmpo()), torch.tensor(factor, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = torch.autograd.grad(loss, leaves, by)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if dtype == torch.bfloat16:  # of float16 the smallest underflow
+            assert all(torch.equal(x.float(), factor * y) for x, y in zip(found, whole, strict=True))
 
 
 def test_the_head_holds_one_chunk_of_logits() -> None:

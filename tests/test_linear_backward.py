@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from head_cases import CLIPPING, call, head_case, leaves_of, loss_scale, materia
 from helpers import same_bits
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmpo_kernels.chunks
 import pmpo_kernels.linear
@@ -65,6 +67,32 @@ def test_gradients_that_were_given_stay(dtype: torch.dtype, impl: str, device: s
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     pointers = [x.untyped_storage().data_ptr() for gradients in given for x in gradients]
     assert len(set(pointers)) == len(pointers)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("retain_graph", "names"), [(False, ["scale_"] * 2), (True, ["clone", "scale_"] * 2)])
+def test_the_backward_pass_is_an_operator_for_each_gradient(
+    retain_graph: bool, names: list[str], impl: str, device: str
+) -> None:
+    head = head_case(torch.bfloat16, device)
+    leaves = leaves_of(head, True, True)
+    loss = call(head, leaves, impl=impl, max_chunk_tokens=12)
+    factor = torch.tensor(0.3, device=device)
+    with Operators() as found:
+        torch.autograd.grad(loss, leaves, factor, retain_graph=retain_graph)
+    assert found.names == names
 
 
 @pytest.mark.parametrize("retain_graph", [False, True])
