@@ -19,10 +19,8 @@ ENOUGH_TOKENS = {"cpu": 1024}
 """Tokens a chunk that are wanted: 1,024 on a CPU, where the products then run at full speed (97 % of the rate at 2,048, 2 cores,
 float32 and bfloat16); elsewhere 16,384, because each chunk reads and writes the float32 sum of the weight's gradient once more."""
 FEWEST_TOKENS = 128
-ENOUGH_SHARE, LONGEST_SHARE = (
-    8,
-    4,
-)  # parts of the free memory that the logits of so many, of a longer trajectory, may take
+# the logits of a chunk take at most this part of the free memory: of enough tokens, of a longer trajectory
+ENOUGH_SHARE, LONGEST_SHARE = 8, 4
 
 
 class Work(NamedTuple):

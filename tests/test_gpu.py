@@ -206,11 +206,12 @@ def test_products_add_to_float32(dtype: torch.dtype) -> None:
     if not adds_to_float32(device, dtype):
         pytest.skip(f"PyTorch {torch.__version__} does not add 16-bit products to a float32 sum")
     a, b = (torch.randn(s, device=device).to(dtype) for s in ((1000, 300), (300, 96)))
-    total = torch.randn(1000, 96, device=device)
-    want = total.double() + a.double() @ b.double()
-    add_product(total, a, b)
-    terms = want.abs() + a.double().abs() @ b.double().abs()
-    assert ((total.double() - want).abs() <= 302 * torch.finfo(torch.float32).eps / 2 * terms).all()
+    before = torch.randn(1000, 96, device=device)
+    for first, total in ((True, torch.full_like(before, torch.nan)), (False, before.clone())):
+        want, terms = (x @ y for x, y in ((a.double(), b.double()), (a.double().abs(), b.double().abs())))
+        want, terms = (want, terms) if first else (want + before, terms + before.abs())
+        add_product(total, a, b, first)
+        assert ((total.double() - want).abs() <= 302 * torch.finfo(torch.float32).eps / 2 * terms).all()
 
 
 def from_logits(model: Model, case: Case) -> torch.Tensor:
