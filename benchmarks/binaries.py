@@ -83,6 +83,13 @@ def kernels(arch: str) -> Iterator[Kernel]:
     """Every combination in use on an architecture."""
     for V, dtype in CASES:
         yield from vocabulary_kernels(arch, V, dtype, launch_config(V, DTYPES[dtype], arch, ROWS))
+    scale = module("scale")
+    for dtype in ("bf16", "fp32", "fp64"):  # the fused head's gradients of float16 are float32
+        pointers = {"gradient_ptr": f"*{dtype}", "factor_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
+        constants, threads = {"BLOCK": scale.BLOCK}, scale.NUM_WARPS * TARGETS[arch].warp_size
+        yield Kernel(
+            f"scale {dtype}", scale._scale_bwd_kernel, pointers, constants, scale.NUM_WARPS, scale.BLOCK, threads
+        )
     for dtype in ("fp32", "fp64"):
         pointers = SHARED | {f"{name}_ptr": f"*{dtype}" for name in (*SMALL, "advantages")}
         pointers |= {f"{name}_ptr": "*fp64" for name in ("power", "target_ess", "dlogp", "dentropy")}

@@ -1,9 +1,11 @@
-"""The loss from hidden states and an LM head: `linear_pmpo_loss` beside the bare products, eager PyTorch, Liger and TRL.
+"""The loss from hidden states and an LM head: `linear_pmpo_loss` beside the bare products, eager PyTorch, PyTorch's
+`linear_cross_entropy`, Liger and TRL.
 
 python benchmarks/head.py --out benchmarks/results/<machine>
 
 For each case: every row is checked against float64 first, and a wrong one gets no times. Writes head-<case>.json and
-head-<case>.png. The rows of Liger and TRL need: pip install liger-kernel==0.8.5 packaging trl==1.16.0
+head-<case>.png. The rows of Liger and TRL need: pip install liger-kernel==0.8.5 packaging trl==1.16.0, and Liger's scaled
+cross entropy on a Hopper GPU: pip install "liger-kernel[cutedsl]==0.8.5". That of PyTorch's own needs PyTorch 2.13.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from head_report import (
     reasons,
     speed_table,
 )
-from head_rows import FLOOR, HeadVariant, head_rows
+from head_rows import FLOOR, OURS, HeadVariant, head_rows
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from suites import MODELS, NO_ZEROS, WHOLE, Model
@@ -45,8 +47,9 @@ from pmpo_kernels.benchmarking.memory import peak_allocated, peak_resident
 from pmpo_kernels.benchmarking.report import Report, accuracy_table, wide_console, write_json
 from pmpo_kernels.benchmarking.traffic import model_bytes
 from pmpo_kernels.cli.bench import check_files, check_memory
+from pmpo_kernels.projection import adds_to_float32
 
-HIDDEN = {"qwen2.5": 3584, "smollm2": 576}
+HIDDEN = {"qwen2.5": 3584, "smollm2": 576, "ministral": 4096}
 USUAL = {"cpu": ("smollm2", "float32", 8, 512, 3), "cuda": ("qwen2.5", "bfloat16", 6, 4096, 5)}
 """Model, dtype, trajectories, tokens of the longest, rounds. With the usual padding the shortest has a quarter of that."""
 
@@ -60,7 +63,7 @@ class Planned(NamedTuple):
 
 def suite(device: str) -> list[Planned]:
     """What is asked most first: GRPO beside everybody, what half of the trajectories at A = 0 and half of the tokens clipped
-    save, and PMPO with p solved."""
+    save, and PMPO with p solved; on a GPU the largest shape of Liger's table, 8,192 tokens without padding."""
     model, dtype, B, T, _ = USUAL[device]
     padded = {"padded": 0.375}
     cases = [
@@ -69,10 +72,14 @@ def suite(device: str) -> list[Planned]:
         ("grpo", NO_ZEROS | padded | {"clipped": 0.5}, True),
         ("pmpo", WHOLE | padded, device == "cpu"),
     ]
-    return [
+    plan = [
         Planned(head_case(Model(model), Dtype(dtype), Preset(preset), B, T, None, device, fractions), brief)
         for preset, fractions, brief in cases
     ]
+    if device != "cpu":
+        table = (Model("ministral"), Dtype("bfloat16"), Preset("grpo"), 2, 4096, None, device, NO_ZEROS)
+        plan.append(Planned(head_case(*table), False))
+    return plan
 
 
 def head_case(
@@ -112,12 +119,12 @@ def peak(case: HeadCase, variant: HeadVariant, bench: HeadBench, f: Callable[...
     )
 
 
-def largest_chunk(case: HeadCase, inputs: HeadInputs) -> int:
-    """Tokens in the largest chunk of `linear_pmpo_loss` where none is named."""
-    from pmpo_kernels.linear import default_chunk_tokens, pack
+def largest_chunk(case: HeadCase, inputs: HeadInputs, limit: int | None) -> int:
+    """Tokens in the largest chunk of `linear_pmpo_loss` with at most `limit`, or its default."""
+    from pmpo_kernels.chunks import default_chunk_tokens, pack
 
     lengths = [n for n, a in zip(inputs.mask.sum(1).tolist(), inputs.advantages.tolist(), strict=True) if a]
-    limit = default_chunk_tokens(max(lengths, default=0), case.row_bytes, inputs.hidden.device)
+    limit = limit or default_chunk_tokens(max(lengths, default=0), case.row_bytes, inputs.hidden.device)
     return max((min(sum(lengths[part]), limit) for part in pack(lengths, limit)), default=0)
 
 
@@ -202,7 +209,8 @@ def run_case(
         {variant.name: variant for variant in chosen},
         len(inputs.hidden),
         int(inputs.mask[inputs.advantages != 0].sum()),
-        largest_chunk(case, inputs),
+        {v.name: largest_chunk(case, inputs, v.chunk) for v in chosen if v.name.startswith(OURS)},
+        None if case.dtype is Dtype.float32 else adds_to_float32(inputs.hidden.device, inputs.weight.dtype),
     )
     console.print(speed_table(report))
     console.print(accuracy_table(report.base, ERROR_PARTS, ERROR_NOTE))
@@ -243,7 +251,7 @@ def main(
 ) -> None:
     """Check, then time forward and backward of the loss and the LM head by every package that is installed.
 
-    Without --model, --hidden, --dtype, --preset, --tokens and --batch: the four cases of the suite, where those of fractions
+    Without --model, --hidden, --dtype, --preset, --tokens and --batch: the cases of the suite, where those of fractions
     that save work have few rows. With one of them: one case a preset, all rows. The fractions replace those of every case. The
     exit code is 1 if a row is wrong.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from head_rows import FLOOR, OURS, HeadVariant
+from head_rows import FLOOR, LIGER_NLL, OURS, TORCH_NLL, HeadVariant
 from peers import LIGER, TRL, versions
 from rich.table import Table
 from rich.text import Text
@@ -40,8 +40,9 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadReport:
-    """A finished case. `tokens`: response tokens; `acting`: those of trajectories with A != 0; `chunk`: tokens of the largest
-    chunk of `linear_pmpo_loss` by default."""
+    """A finished case. `tokens`: response tokens; `acting`: those of trajectories with A != 0; `chunks`: tokens of the largest
+    chunk of each row of `linear_pmpo_loss`; `float32_sum`: whether 16-bit products add to a float32 sum by themselves, None for
+    float32."""
 
     base: Report
     case: HeadCase
@@ -49,7 +50,13 @@ class HeadReport:
     variants: dict[str, HeadVariant]
     tokens: int
     acting: int
-    chunk: int
+    chunks: dict[str, int]
+    float32_sum: bool | None
+
+    @property
+    def chunk(self) -> int:
+        """Of `linear_pmpo_loss` by default."""
+        return self.chunks.get(OURS, 0)
 
     @property
     def timed(self) -> dict[str, Timing]:
@@ -85,10 +92,10 @@ class HeadReport:
 
         whole = full is None or full is self
         if self.over_products is not None:
-            add(f"time over {self.floor}", self.over_products, 1.15 if cuda and whole else None)
+            add(f"time over {self.floor}", self.over_products, 1.10 if cuda and whole else None)
         if EAGER.name in self.timed:
             add("time over eager PyTorch", mine / self.timed[EAGER.name].both.median, None if cuda else 1.0)
-        for name, target in ((LIGER, 2.0 if cuda else None), (TRL, None)):
+        for name, target in ((LIGER, 2.0 if cuda else None), (TRL, None), (LIGER_NLL, None), (TORCH_NLL, None)):
             if name in self.timed:
                 add(f"{name} over ours, time", self.timed[name].both.median / mine, target, at_least=True)
         if LIGER in self.timed:
@@ -142,11 +149,14 @@ def speed_table(report: HeadReport) -> Table:
 def caption(report: HeadReport) -> str:
     """What the figures of a case's table mean."""
     slots, solved = report.case.batch * report.case.tokens, report.case.config.power == "ess"
+    sums = {None: "", True: " Products add to the float32 sum.", False: " Products are rounded before they are added."}
     return (
         f"Median (quartiles) of {report.base.repeats} interleaved rounds. {report.tokens:,} response tokens, "
         f"{report.acting:,} with A != 0, {report.base.comparison.gradient_rows:,} with a gradient. Packed but for "
         f"{LIGER} and the padded row, which are given {slots:,} positions. Products: one forward, two backward, of all "
-        f"response tokens. By default {report.chunk:,} tokens in the largest chunk." + f" {P_NOTE}." * solved
+        f"response tokens. By default {report.chunk:,} tokens in the largest chunk."
+        + sums[report.float32_sum]
+        + f" {P_NOTE}." * solved
     )
 
 
@@ -180,8 +190,11 @@ def content(report: HeadReport, full: HeadReport | None) -> dict[str, Any]:
     for entry in found["results"]:
         variant = report.variants[entry["name"]]
         entry["padded"], entry["chunk"] = variant.padded, variant.chunk
+        if variant.name in report.chunks:
+            entry["largest_chunk"] = report.chunks[variant.name]
     found["tokens"] = {"response": report.tokens, "with_advantage": report.acting, "largest_chunk": report.chunk}
     found["products"] = report.floor
+    found["products_add_to_float32"] = report.float32_sum
     found["ratios"] = [ratio._asdict() | {"met": ratio.met} for ratio in report.ratios(full)]
     found["not_measured"] = found.pop("skipped")
     return found

@@ -16,13 +16,14 @@ from torch.nn.functional import linear
 
 from pmpo_kernels import LossConfig, pmpo_loss
 from pmpo_kernels.baseline import eager_loss_from_logp, eager_token_logp
-from pmpo_kernels.benchmarking.cases import HeadCase, Preset
+from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
 from pmpo_kernels.benchmarking.head import HeadInputs
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER
 
 OURS = "linear_pmpo_loss"
+LIGER_NLL, TORCH_NLL = "Liger, scaled cross entropy", "PyTorch's linear_cross_entropy"
 FLOOR = "floor"  # the products alone: not a loss, so not checked
-CHUNKS = {"cpu": (512, 2048), "cuda": (8192, 16384)}
+CHUNKS = {"cpu": (512, 2048), "cuda": (4096, 8192)}
 HeadLoss = Callable[[Tensor, Tensor, HeadInputs], Tensor]
 
 
@@ -175,6 +176,35 @@ def build_trl(config: LossConfig) -> HeadLoss:
     return loss
 
 
+def from_nll(nll: Callable[[Tensor, Tensor, Tensor, LossConfig], Tensor], config: LossConfig) -> HeadLoss:
+    """A cross entropy of each token (N,) from hidden states, whose negative is its log-prob; then the baseline's rest, without an
+    entropy, which neither package needs for it. It is given p."""
+
+    def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
+        logp = -nll(hidden, weight, i.token_ids, config)
+        return padded_loss(logp, logp.detach(), i, config)
+
+    return loss
+
+
+def liger_nll(hidden: Tensor, weight: Tensor, ids: Tensor, config: LossConfig) -> Tensor:
+    """`LigerFusedLinearScaledCrossEntropyFunction`: CuTe kernels on a Hopper GPU, elsewhere PyTorch in chunks of 512 tokens. Every
+    argument is given."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden, weight, ids, config.temperature, -100, 1, False, None
+    )
+
+
+def torch_nll(hidden: Tensor, weight: Tensor, ids: Tensor, config: LossConfig) -> Tensor:
+    """In chunks of PyTorch's choice, projected again in the backward pass."""
+    assert config.temperature == 1
+    return torch.nn.functional.linear_cross_entropy(
+        hidden, weight, ids, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
+    )
+
+
 def products(case: HeadCase) -> list[HeadVariant]:
     """The floor, in a few chunk sizes: the fastest of them counts."""
     whole = case.batch * case.tokens
@@ -220,7 +250,26 @@ def others(case: HeadCase, compiled: bool) -> tuple[list[HeadVariant], dict[str,
         skipped[TRL] = "not installed (pip install trl)"
     else:
         found.append(HeadVariant(TRL, PEER, build_trl))
+    no_torch = None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"not in PyTorch {torch.__version__}"
+    for name, nll, missing in ((LIGER_NLL, liger_nll, no_liger_nll(case)), (TORCH_NLL, torch_nll, no_torch)):
+        if missing:
+            skipped[name] = missing
+        else:
+            found.append(HeadVariant(name, PEER, partial(from_nll, nll)))
     return found, skipped
+
+
+def no_liger_nll(case: HeadCase) -> str | None:
+    """Why Liger's scaled cross entropy cannot run on this case."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not installed (pip install liger-kernel packaging)"
+    if case.device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
+        return None
+    if case.dtype is not Dtype.bfloat16:
+        return f"its kernels for this GPU take bfloat16, not {case.dtype.value}"
+    if importlib.util.find_spec("cutlass") is None:
+        return "its kernels for this GPU need CuTe (pip install 'liger-kernel[cutedsl]')"
+    return None
 
 
 def head_rows(case: HeadCase, compiled: bool, brief: bool = False) -> tuple[list[HeadVariant], dict[str, str]]:

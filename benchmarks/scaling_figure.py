@@ -50,7 +50,7 @@ def draw_times(axis: Any) -> None:
     model, tokens = MODELS[0], [2**k for k in range(5, 15)]
     tp = [predict(model, SCHEMES["fused, tp 8"](512), H100, 512 * n) for n in tokens]
     fsdp = [predict(model, SCHEMES["fused, FSDP"](512), H100, 512 * n) for n in tokens]
-    cp = [predict(model, SCHEMES["the same in one chunk"](512), H100, 512 * n) for n in tokens]
+    cp = [predict(model, SCHEMES["fused, cp 8, FSDP"](512), H100, 512 * n) for n in tokens]
     eager = [predict(model, SCHEMES["eager, FSDP"](512), H100, 512 * n) for n in tokens]
     lines = (
         ("model below", [p.below for p in fsdp], COLOURS["below"], "-"),
@@ -81,6 +81,7 @@ def draw_memory(axis: Any) -> None:
         "in place": (COLOURS["logits"], "--"),
         "in place, tp 8": (COLOURS["logits"], ":"),
         "fused": (COLOURS["fused"], "-"),
+        "fused, 4,096 a chunk": (COLOURS["fused"], "--"),
         "fused, tp 8": (COLOURS["fused"], ":"),
     }
     for name, scheme in MEMORY_OF.items():

@@ -8,7 +8,14 @@ from itertools import product
 
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 
-MODELS = {"qwen2.5": 151936, "llama3": 128256, "smollm2": 49152, "gpt2": 50257, "gemma": 262144}
+MODELS = {
+    "qwen2.5": 151936,
+    "llama3": 128256,
+    "smollm2": 49152,
+    "gpt2": 50257,
+    "gemma": 262144,
+    "ministral": 131072,
+}
 Model = Enum("Model", {name: name for name in MODELS}, type=str)
 BATCH, TOKENS = 8, 1024
 CPU_SCALE = 64  # on a CPU trajectories are so many times shorter

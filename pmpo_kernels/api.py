@@ -301,10 +301,11 @@ def linear_pmpo_loss(
         bias: (V,), in the dtype of `weight`.
         logit_scale: s > 0 (Cohere's logit_scale, 1 / logits_scaling of Granite). Without a softcap it costs nothing.
         logit_softcap: c > 0 (final_logit_softcapping of Gemma). A chunk's logits then take twice the memory.
-        max_chunk_tokens: most tokens whose logits exist at a time. None: the longest trajectory or 4,096 (1,024 on a CPU),
-            whichever is more, as far as their logits take no more than a quarter of the free memory, rounded down
-            to a power of two; where "cp" splits trajectories, all of the rank's tokens instead of the longest. Other chunks give
-            other bits, because products add in another order.
+        max_chunk_tokens: most tokens whose logits exist at a time; the chunks are as few and then as even as possible. None: 16,384
+            (1,024 on a CPU), as far as their logits take no more than an eighth of the free memory, or the longest trajectory if
+            that is more and they take no more than a quarter, both rounded down to a power of two where memory limits them; where
+            "cp" splits trajectories, all of the rank's tokens instead of the longest. Other chunks give other bits, because
+            products add in another order.
         skip_zero_advantage: leave trajectories with advantage 0 out of every product where they have no gradient, that is
             without a KL or entropy term. Then their logp, entropy, power and ess are NaN, and of the metrics ratio_mean,
             ratio_max, approx_kl, ref_kl, entropy, ess, ess_target and those of p are of the other trajectories. False:

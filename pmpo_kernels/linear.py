@@ -18,14 +18,12 @@ from torch import Tensor
 from pmpo_kernels.aggregate import Aggregation, default_denominator
 from pmpo_kernels.autograd import TrajectoryInputs, first_order
 from pmpo_kernels.checks import check_token_ids
-from pmpo_kernels.chunks import Work, count_tokens, default_chunk_tokens, find_work, first, pack
+from pmpo_kernels.chunks import Work, count_tokens, default_chunk_tokens, even, find_work, first, pack
 from pmpo_kernels.config import STATS, TrajectoryOptions
 from pmpo_kernels.ops import LIBRARY, stage
-from pmpo_kernels.projection import HeadOptions, Projection, row_bytes, zero_gradients
+from pmpo_kernels.projection import HeadOptions, Projection, empty_gradients, gradient_dtypes, row_bytes
 from pmpo_kernels.reference import compute_dtype
 from pmpo_kernels.sharing import ALONE, Sharing
-
-SCALE_BLOCK = 2**22  # elements of a 16-bit gradient that are scaled in float32 at a time
 
 
 class LinearLoss:
@@ -65,7 +63,7 @@ class LinearLoss:
 
     def add(self, rows: Tensor, chunk: slice, begin: int, limit: int) -> None:
         """One chunk; or one trajectory longer than that, whose pieces are projected again for their gradient."""
-        for piece in rows.split(limit) if len(rows) else ():
+        for piece in rows.split(even(len(rows), limit)) if len(rows) else ():
             h, ids, (logp, *saved) = self.token_logp(piece)
             self.logp[piece], self.entropy[piece] = logp, saved[-1]
         dlogp, dentropy = self.trajectory(rows, chunk, begin)
@@ -80,7 +78,7 @@ class LinearLoss:
             per_token = (rows, h, dlogp, dentropy, ids, *saved)
             self.gradient(*(per_token if order is None else (x[order] for x in per_token)))
             return
-        for piece in first(keep, count).split(limit) if count else ():
+        for piece in first(keep, count).split(even(count, limit)) if count else ():
             h, ids, (_, *saved) = self.token_logp(rows[piece])
             self.gradient(rows[piece], h, dlogp[piece], dentropy[piece], ids, *saved)
 
@@ -206,8 +204,8 @@ def linear_loss(
     *arguments: Any,
     sharing: Sharing = ALONE,
 ) -> tuple[Tensor, ...]:
-    """The operator, on one device: gradients of the loss (float32 at least for weight and bias, empty where not wanted), the
-    largest |coefficient of a token| times the denominator, logp and entropy (N,), and stats (S, B)."""
+    """The operator, on one device: gradients of the loss in `gradient_dtypes`, empty where not wanted, the largest |coefficient of
+    a token| times the denominator, logp and entropy (N,), and stats (S, B)."""
     inputs, denominator, head = unpack_arguments(arguments)
     ids, V = token_ids.reshape(-1), weight.shape[0]
     if sharing.parts is None:
@@ -219,15 +217,17 @@ def linear_loss(
             longest = sum(work.lengths) if sharing.splits_trajectories else max(work.lengths, default=0)
             limit = default_chunk_tokens(longest, row_bytes(V, head), hidden.device)
         limit = sharing.smallest(limit)
-        chunks = list(pack(work.lengths, limit))
+        chunks = pack(work.lengths, limit)
         if sharing.splits_trajectories:  # the loss of none is known before all log-probs are
             chunks = [slice(0, len(work.lengths))]
         size = max((min(sum(work.lengths[chunk]), limit) for chunk in chunks), default=0)
-        projection = Projection(hidden, weight, bias, head, token_ids.shape[-1], size)
+        once = len(work.rows) <= limit
+        projection = Projection(hidden, weight, bias, head, token_ids.shape[-1], size, once)
         loss = LinearLoss(projection, ids, inputs, work, denominator, sharing)
         loss.run(chunks, limit)
-        sharing.sum_over_vocabulary(projection.dhidden)
-    return *projection.gradients, loss.largest, loss.logp, loss.entropy, loss.stats
+        gradients = projection.finish()
+        sharing.sum_over_vocabulary(gradients[0])
+    return *gradients, loss.largest, loss.logp, loss.entropy, loss.stats
 
 
 def fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -236,7 +236,8 @@ def fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor,
     dtype, N = compute_dtype(head.dtype), token_ids.numel()
     stats = token_ids.new_empty(len(STATS), inputs.advantages.numel(), dtype=torch.float64)
     tokens = [token_ids.new_empty(N, dtype=dtype) for _ in range(2)]
-    return *zero_gradients(hidden, weight, bias, head), torch.empty_like(denominator), *tokens, stats
+    gradients = empty_gradients(hidden, weight, bias, head, gradient_dtypes(hidden, weight, bias))
+    return *gradients, torch.empty_like(denominator), *tokens, stats
 
 
 LIBRARY.define(SCHEMA)
@@ -244,23 +245,20 @@ LIBRARY.impl("linear_loss", linear_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("pmpo_kernels::linear_loss", fake, lib=LIBRARY)
 
 
-def scaled(gradient: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
-    """gradient x factor (), computed in the factor's dtype and rounded once to `dtype`."""
-    if torch.compiler.is_compiling() or gradient.dtype == factor.dtype == dtype:
+def frees_graph() -> bool:
+    """Whether the backward pass under way frees what is saved, so that nobody can ask for it again."""
+    return not getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+def scaled(gradient: Tensor, dtype: torch.dtype, factor: Tensor, impl: str) -> Tensor:
+    """gradient x factor (), computed in the factor's dtype and rounded once to `dtype`: in place where the graph is freed."""
+    if torch.compiler.is_compiling():
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    out = torch.empty_like(gradient, dtype=dtype)
-    for source, target in zip(gradient.view(-1).split(SCALE_BLOCK), out.view(-1).split(SCALE_BLOCK), strict=True):
-        target.copy_(source.to(factor.dtype) * factor)
-    return out
-
-
-def scales_nothing(grad_loss: Tensor) -> bool:
-    """Whether the saved gradients can be given away: the factor is 1, and nobody can ask for them again because the graph is
-    freed. Not asked on a GPU, which it would wait for."""
-    if torch.compiler.is_compiling() or grad_loss.device.type != "cpu":
-        return False
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return not kept() and float(grad_loss) == 1
+    if not frees_graph() or not gradient.is_contiguous():
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+    torch.autograd.graph.increment_version(gradient)  # a second backward raises, even if this one is interrupted
+    stage("scale_", "reference" if impl == "cpp" else impl)(gradient, factor)
+    return gradient.to(dtype)
 
 
 class LinearLossFunction(torch.autograd.Function):
@@ -294,10 +292,7 @@ class LinearLossFunction(torch.autograd.Function):
             x.dtype if x is not None and wanted else None
             for x, wanted in zip((hidden, weight, bias), head.gradients, strict=True)
         ]
-        # those of float16 are scaled in float32, lest they underflow here
-        gradients = [
-            g if dtype in (None, torch.float16) else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
+        ctx.impl = inputs.impl
         ctx.save_for_backward(*gradients)
         skipped = inputs.advantages == 0 if head.skip_zero_advantage else None
         loss, _, metrics, clip_fraction = stage("aggregate", inputs.impl)(
@@ -319,6 +314,5 @@ class LinearLossFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 9
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        if scales_nothing(grad_loss):
-            return *(None if dtype is None else g.to(dtype) for g, dtype in saved), *(None,) * 6
-        return *(None if dtype is None else scaled(g, dtype, grad_loss) for g, dtype in saved), *(None,) * 6
+        found = (None if dtype is None else scaled(g, dtype, grad_loss, ctx.impl) for g, dtype in saved)
+        return *found, *(None,) * 6

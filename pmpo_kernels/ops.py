@@ -1,7 +1,8 @@
 """The stages and `solve_power` as `torch.library` operators: one schema and one fake each, an overload an implementation.
 
 `torch.ops.pmpo_kernels.token_logp.triton`, `.cpp` and `.reference` are the same operator by different means. Lengths,
-strides and options are run-time values. `dlogits_` is `dlogits` written over the logits.
+strides and options are run-time values. `dlogits_` is `dlogits` written over the logits. `scale_` is the backward pass of the fused
+head, on a CPU one operator of PyTorch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SCHEMAS = {
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> Tensor",
     "dlogits_": "(Tensor(a!) logits, Tensor token_ids, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor entropy,"
     " Tensor? dlogp, Tensor? dentropy, float temperature) -> ()",
+    "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "solve_power": "(Tensor log_weights, Tensor? mask, Tensor cu_seqlens, Tensor target_ess, float power_max)"
     " -> (Tensor power, Tensor iterations, Tensor residual)",
 }
@@ -54,8 +56,10 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation((*STAGES, "solve_power"), "pmpo_kernels.reference", ("CompositeExplicitAutograd",)),
-    "triton": Implementation(STAGES, "pmpo_kernels.triton", ("CUDA", "CPU")),
+    "reference": Implementation(
+        (*STAGES, "scale_", "solve_power"), "pmpo_kernels.reference", ("CompositeExplicitAutograd",)
+    ),
+    "triton": Implementation((*STAGES, "scale_"), "pmpo_kernels.triton", ("CUDA", "CPU")),
     "cpp": Implementation((*STAGES, "solve_power"), None, ()),
 }
 
@@ -96,12 +100,13 @@ FAKES: dict[str, Callable[..., Any]] = {
     "aggregate": _aggregate_fake,
     "dlogits": empty_gradient,
     "dlogits_": lambda *args: None,
+    "scale_": lambda *args: None,
     "solve_power": _solve_power_fake,
 }
 
 
 def stage(name: str, impl: str) -> Callable[..., Any]:
-    """The operator of one stage, or `solve_power`, and implementation."""
+    """The operator of one stage, `scale_` or `solve_power`, and implementation."""
     return getattr(getattr(torch.ops.pmpo_kernels, name), impl)  # type: ignore[no-any-return]
 
 
@@ -118,6 +123,15 @@ def check_operands(name: str, args: tuple[Any, ...]) -> None:
             raise ValueError(f"logits: expected a floating-point dtype, got {first.dtype}")
         if first.stride(2) != 1 and z[2] > 1:
             raise ValueError(f"logits: expected stride 1 in the vocabulary dimension, got strides {first.stride()}")
+    if name == "scale_":
+        if first.dtype not in FLOATS or not first.is_contiguous():
+            raise ValueError(
+                f"gradient: expected a contiguous floating-point tensor, got {first.dtype}, strides {first.stride()}"
+            )
+        if given["factor"].numel() != 1 or given["factor"].dtype not in FLOATS:
+            raise ValueError(
+                f"factor: expected one floating-point number, got {given['factor'].numel()} of {given['factor'].dtype}"
+            )
     tokens = given["token_ids"].numel() if "logits" in given else first.numel()
     trajectories = given["cu_seqlens"].numel() - 1 if "cu_seqlens" in given else 0
     if "stats" in given:

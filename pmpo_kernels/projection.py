@@ -35,43 +35,61 @@ def row_bytes(vocabulary: int, head: HeadOptions) -> int:
     return stride * head.dtype.itemsize * (1 if head.logit_softcap is None else 2)
 
 
-def zero_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions) -> list[Tensor]:
-    """Zeros for the gradients of hidden, weight and bias; empty where none is wanted. Those of weight and bias are at least
-    float32, in which chunks are added up; that of float16 hidden states too, because it is scaled last."""
-    summed = compute_dtype(head.dtype)
-    kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    found = []
-    for x, dtype, wanted in zip((hidden, weight, bias), (kept, summed, summed), head.gradients, strict=True):
-        shape = x.shape if wanted and x is not None else (0,)
-        found.append(torch.zeros(shape, dtype=dtype, device=hidden.device))
-    return found
+def gradient_dtypes(*leaves: Tensor | None) -> list[torch.dtype]:
+    """Of their gradients until the backward pass has scaled them: the tensor's own, but float32 for float16."""
+    return [torch.float32 if x is None or x.dtype == torch.float16 else x.dtype for x in leaves]
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b of 16-bit factors, in one product with a float32 result."""
-    torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions, dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    """Room for the gradients of hidden, weight and bias; no element where none is wanted."""
+    return [
+        torch.empty(x.shape if wanted and x is not None else (0,), dtype=dtype, device=hidden.device)
+        for x, dtype, wanted in zip((hidden, weight, bias), dtypes, head.gradients, strict=True)
+    ]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b where it is the `first`, whatever stood there, else total += a b, of 16-bit factors in one product with a float32
+    result."""
+    if first:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 @cache
 def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `add_product` works here: asked of PyTorch by a small one, because versions differ in what they accept (the
-    operator came with 2.8, on CUDA devices, at first for a sum in 16 bits only)."""
-    total, a, b = (torch.ones(16, 16, dtype=d, device=device) for d in (torch.float32, dtype, dtype))
+    """Whether `add_product` works here: asked of PyTorch by two small ones, because versions differ in what they accept (the
+    operators came with 2.8, on CUDA devices, at first for a sum in 16 bits only)."""
+    a, b = (torch.ones(16, 16, dtype=dtype, device=device) for _ in range(2))
+    total = torch.full((16, 16), torch.nan, dtype=torch.float32, device=device)
     try:
-        add_product(total, a, b)
+        for first in (True, False):
+            add_product(total, a, b, first)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return bool((total == 17).all())
+    return bool((total == 32).all())
 
 
 class Projection:
-    """Logits of at most `size` tokens at a time. hidden (B, S, H), S >= T, with tokens (B, T), or (N, H); weight (V, H).
+    """Logits of at most `size` tokens at a time, and the sums of the gradients: of weight and bias in float32 at least, but where
+    `once`, with `back` called once at most, in the weight's dtype if its product has that. hidden (B, S, H), S >= T, with tokens
+    (B, T), or (N, H); weight (V, H).
 
     `temperature` is that of `z`, what the buffer holds: a scale without a softcap is part of it and costs nothing.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions, tokens_a_row: int, size: int
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: HeadOptions,
+        tokens_a_row: int,
+        size: int,
+        once: bool,
     ) -> None:
         self.hidden, self.head, self.T = hidden, head, max(tokens_a_row, 1)
         self.weight = weight.to(head.dtype)
@@ -80,7 +98,15 @@ class Projection:
         self.product = self._buffer(size, len(weight))
         self.z = self.product if self.cap is None else self._buffer(size, len(weight))
         self.temperature = head.temperature / head.logit_scale if self.cap is None else head.temperature
-        self.dhidden, self.dweight, self.dbias = self.gradients = zero_gradients(hidden, weight, bias, head)
+        self.kept = gradient_dtypes(hidden, weight, bias)
+        summed = compute_dtype(head.dtype)
+        of_weight = head.dtype if once and self.kept[1] == head.dtype else summed
+        self.dhidden, self.dweight, self.dbias = empty_gradients(
+            hidden, weight, bias, head, [self.kept[0], of_weight, summed]
+        )
+        for x in (self.dhidden, self.dbias):
+            x.zero_()
+        self.is_first = True  # of the products in dweight, which it writes
 
     def _buffer(self, size: int, V: int) -> Tensor:
         stride = -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -146,18 +172,27 @@ class Projection:
             db = g.sum(0, dtype=self.dbias.dtype)
             self.dbias += db if scale is None else db / scale
         if self.head.gradients[1]:
-            self._add_weight(self.dweight, g.t(), h, scale)
+            self._add_weight(g.t(), h, scale)
 
-    @staticmethod
-    def _add_weight(total: Tensor, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
-        """total (V, H) += g h / scale. 16-bit products are summed up in float32: by the product itself where it can, else each is
-        rounded once, in blocks of the vocabulary."""
+    def _add_weight(self, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
+        """dweight (V, H) = g h / scale, or after the first += it. 16-bit products are summed up in float32: by the product itself
+        where it can, else each is rounded once, in blocks of the vocabulary."""
+        total, first, self.is_first = self.dweight, self.is_first, False
         if total.dtype == g.dtype:
-            total.addmm_(g, h)
+            torch.mm(g, h, out=total) if first else total.addmm_(g, h)
         elif scale is None and adds_to_float32(g.device, g.dtype):
-            add_product(total, g, h)
+            add_product(total, g, h, first)
         else:
             size = max(1, PRODUCT_BYTES // (h.shape[1] * total.element_size()))
             for start in range(0, len(total), size):
                 block = torch.mm(g[start : start + size], h)
-                total[start : start + size] += block if scale is None else block.to(total.dtype) / scale
+                block = block if scale is None else block.to(total.dtype) / scale
+                part = total[start : start + size]
+                part.copy_(block) if first else part.add_(block)
+
+    def finish(self) -> list[Tensor]:
+        """The gradients, in `gradient_dtypes`; the buffers are given back before."""
+        del self.z, self.product
+        if self.is_first:
+            self.dweight.zero_()
+        return [x.to(d) for x, d in zip((self.dhidden, self.dweight, self.dbias), self.kept, strict=True)]

@@ -394,3 +394,21 @@ def dlogits(
     out[:, T:] = 0
     out[:, :T] = torch.where(row[..., None], grad / temperature, 0)
     return out
+
+
+# --- the fused head's backward pass ----------------------------------------------------------------------------------
+
+
+SCALE_BLOCK = 2**22  # elements that are in the factor's dtype at a time
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient times factor (), in place: computed in the factor's dtype and rounded once."""
+    if gradient.device.type == "cpu":
+        if factor != 1:
+            gradient.mul_(
+                factor
+            )  # on a CPU a factor () keeps its dtype; on a GPU it would be rounded to the gradient's
+        return
+    for block in gradient.view(-1).split(SCALE_BLOCK):
+        block.copy_(block.to(factor.dtype) * factor)

@@ -31,9 +31,11 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "trajectory": {"logp": FLAT, "advantages": EACH, "cu_seqlens": OFFSETS, "options": OPTIONS},
     "solve_power": {"log_weights": FLAT, "cu_seqlens": OFFSETS, "target_ess": EACH, "power_max": 1.0},
+    "scale_": {"gradient": torch.zeros(B, T), "factor": torch.ones(())},
 }
 GOOD["dlogits_"] = GOOD["dlogits"]
-IMPLS = {name: ["reference", "cpp"] if name == "solve_power" else ["reference", "cpp", "triton"] for name in GOOD}
+IMPLS = {name: ["reference", "cpp", "triton"] for name in GOOD}
+IMPLS |= {"solve_power": ["reference", "cpp"], "scale_": ["reference", "triton"]}
 
 
 def operator(name: str, impl: str) -> Callable[..., Any]:
@@ -46,6 +48,7 @@ PER_TOKEN = {
     "dlogits": ["mask", "row_max", "row_sum", "entropy", "dlogp", "dentropy"],
     "trajectory": ["old_logp", "mask", "ref_logp", "rollout_weights", "entropy", "policy_mask"],
     "solve_power": ["mask"],
+    "scale_": [],
 }
 PER_TOKEN["dlogits_"] = PER_TOKEN["dlogits"]
 
@@ -68,6 +71,12 @@ def rows_of(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         wide = torch.zeros(B, V, T).transpose(1, 2)
         yield {"logits": wide}, f"logits: expected stride 1 in the vocabulary dimension{GAP}"
         yield {"logits": Z.long()}, f"logits: expected {GAP}dtype{GAP}"
+    elif name == "scale_":
+        contiguous = f"gradient: expected a contiguous floating-point tensor, got {GAP}"
+        for bad in (Z[0].t(), IDS):
+            yield {"gradient": bad}, contiguous
+        for bad in (torch.ones(2), torch.ones(0), torch.ones((), dtype=torch.long)):
+            yield {"factor": bad}, f"factor: expected one floating-point number, got {bad.numel()} of {bad.dtype}"
     else:
         wrong = f"cu_seqlens: expected non-decreasing offsets from 0 to the {B * T} tokens{GAP}"
         for offsets in ([0, 4, 5], [1, 3, 6], [0, 7, 6], [0, -1, 6], [0, 2**62, 6], [0, 3, 2**63 - 1]):

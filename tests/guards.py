@@ -31,6 +31,7 @@ WRITES = {
     "_dlogits_bwd_kernel": ("out_ptr",),
     "_trajectory_fwd_kernel": ("dlogp_ptr", "dentropy_ptr", "stats_ptr"),
     "_aggregate_fwd_kernel": ("loss_ptr", "divisor_ptr", "metrics_ptr", "clip_fraction_ptr"),
+    "_scale_bwd_kernel": ("gradient_ptr",),
     "token_logp.cpp": (),
     "trajectory.cpp": (),
     "aggregate.cpp": (),
@@ -39,7 +40,7 @@ WRITES = {
     "solve_power.cpp": (),
 }
 """Arguments that each kernel writes; C++ operators allocate their results themselves. All else is only read."""
-UPDATES = {"dlogits_.cpp": ("logits",)}
+UPDATES = {"dlogits_.cpp": ("logits",), "_scale_bwd_kernel": ("gradient_ptr",)}
 """Those among them that it reads too, of one argument."""
 
 

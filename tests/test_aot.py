@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
-# six of (V, dtype), each token_logp, its merge, and dlogits with like and unlike alignments; trajectory in two dtypes
-COMBINATIONS = 6 * 4 + 2
+# six of (V, dtype), each token_logp, its merge, and dlogits with like and unlike alignments; trajectory in two dtypes, scale in three
+COMBINATIONS = 6 * 4 + 2 + 3
 WIDE, NARROW = "V=151936", "V=50257"
 
 
@@ -64,6 +64,17 @@ def test_vocabulary_loops_are_128_bits_wide(arch: str) -> None:
         assert narrow_loads(binary) <= 9, binary  # mask, id, 3 statistics, 2 gradients; the edge, 64 bits in two halves
         stores = {key: n for key, n in binary["widths"].items() if key.startswith("STG") and key != "STG.128"}
         assert sum(stores.values()) <= 2, binary  # the edge: zero or a gradient
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_scale_is_128_bits_wide(arch: str) -> None:
+    """Narrow accesses are the factor's and those of the last block, which is not whole: 16 elements a thread."""
+    found = [b for b in binaries(arch) if b["kernel"].startswith("scale")]
+    assert len(found) == 3
+    for binary in found:
+        assert loads(binary, ".128") >= 2, binary
+        assert narrow_loads(binary) <= 1 + 16, binary
+        assert binary["loop"]["loads_ahead"] >= 1, binary
 
 
 @pytest.mark.parametrize("arch", NVIDIA)

@@ -27,6 +27,7 @@ from pmpo_kernels.benchmarking.head import HeadBench, HeadInputs, build_head_inp
 from pmpo_kernels.benchmarking.measure import Times
 from pmpo_kernels.benchmarking.report import Report
 from pmpo_kernels.benchmarking.variants import PEER
+from pmpo_kernels.projection import adds_to_float32
 
 runner = CliRunner(env={"COLUMNS": "200"})
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +158,7 @@ def test_the_check_rejects_what_is_not_finite_or_must_be_zero() -> None:
 @pytest.mark.parametrize("preset", [Preset.grpo, Preset.pmpo])
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_every_row_is_right_and_timed(preset: Preset, dtype: Dtype) -> None:
-    """Liger's and TRL's rows among them, where they are installed."""
+    """Liger's, TRL's and PyTorch's own rows among them, where they are installed."""
     case = replace(SMALL, preset=preset, dtype=dtype, zero_advantage=0.25)
     chosen, skipped = head_rows.head_rows(case, compiled=False)
     found = compared(case, *chosen)
@@ -171,21 +172,39 @@ def test_every_row_is_right_and_timed(preset: Preset, dtype: Dtype) -> None:
 
 def test_missing_peers_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_rows.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     chosen, skipped = head_rows.head_rows(replace(SMALL, preset=Preset.grpo), compiled=True)
     assert not [variant for variant in chosen if variant.group == PEER]
     assert skipped == {
         LIGER: "not installed (pip install liger-kernel packaging)",
         TRL: "not installed (pip install trl)",
+        head_rows.LIGER_NLL: "not installed (pip install liger-kernel packaging)",
+        head_rows.TORCH_NLL: f"not in PyTorch {torch.__version__}",
     }
+
+
+def test_ligers_scaled_cross_entropy_on_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are asked for before they run; elsewhere PyTorch runs, in any dtype."""
+    case = replace(SMALL, device="cuda", dtype=Dtype.bfloat16)
+    monkeypatch.setattr(head_rows.importlib.util, "find_spec", lambda name: name == "liger_kernel" or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert head_rows.no_liger_nll(case) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert "liger-kernel[cutedsl]" in str(head_rows.no_liger_nll(case))
+    assert "take bfloat16, not float32" in str(head_rows.no_liger_nll(replace(case, dtype=Dtype.float32)))
+    assert head_rows.no_liger_nll(replace(case, device="cpu")) is None
+    monkeypatch.setattr(head_rows.importlib.util, "find_spec", lambda name: name)
+    assert head_rows.no_liger_nll(case) is None
 
 
 @pytest.mark.parametrize("preset", [Preset.grpo, Preset.pmpo])
 def test_installed_peers_are_among_the_rows(preset: Preset) -> None:
     pytest.importorskip("liger_kernel")
     pytest.importorskip("trl")
-    chosen, _ = head_rows.head_rows(replace(SMALL, preset=preset), compiled=False)
+    chosen, skipped = head_rows.head_rows(replace(SMALL, preset=preset), compiled=False)
     peers = [variant.name for variant in chosen if variant.group == PEER]
-    assert peers == ([LIGER, TRL] if preset is Preset.grpo else [TRL])
+    nll = [name for name in (head_rows.LIGER_NLL, head_rows.TORCH_NLL) if name not in skipped]
+    assert peers == ([LIGER, TRL, *nll] if preset is Preset.grpo else [TRL, *nll])
 
 
 @pytest.mark.parametrize("chunk", [5, 1000])
@@ -268,6 +287,8 @@ def test_head_writes_its_files_and_overwrites_none(tmp_path: Path, monkeypatch: 
             assert max(row["parts"].values()) == row["gradient_error"] <= row["gradient_bound"]
     assert {"commit", "date", "devices", "versions"} <= set(content)
     assert content["tokens"]["response"] == content["tokens"]["with_advantage"] == 15
+    assert rows[head_rows.OURS]["largest_chunk"] == content["tokens"]["largest_chunk"] == 15
+    assert content["products_add_to_float32"] is None
     check_ratios(content, rows)
     again = runner.invoke(head.app, arguments)
     assert again.exit_code == 2
@@ -323,14 +344,38 @@ def test_head_names_a_bad_option(option: str, value: str, expected: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("dtype", "said"), [(Dtype.bfloat16, "Products "), (Dtype.float32, "")])
+def test_the_report_says_how_products_are_summed_up(
+    dtype: Dtype, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded first or not: it decides what several chunks cost."""
+    monkeypatch.setattr(head, "head_rows", few_rows)
+    arguments = [*ARGUMENTS, "--hidden", "576", "--dtype", dtype.value, "--no-memory", "--out", str(tmp_path)]
+    result = runner.invoke(head.app, arguments)
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*.json")
+    adds = json.loads(path.read_text())["products_add_to_float32"]
+    assert adds == (adds_to_float32(torch.device(DEVICE), torch.bfloat16) if said else None)
+    how = {True: "Products add to the float32 sum.", False: "Products are rounded before they are added."}
+    assert [text in " ".join(result.output.split()) for text in how.values()] == [adds is True, adds is False]
+
+
 def test_suites_fit_their_devices() -> None:
-    for device, tokens, most in (("cpu", 2560, 8e9), ("cuda", 15360, 40e9)):
+    for device, tokens, most in (("cpu", [2560] * 4, 8e9), ("cuda", [15360] * 4 + [8192], 40e9)):
         plan = head.suite(device)
-        assert len({planned.case.name for planned in plan}) == len(plan) == 4
+        assert len({planned.case.name for planned in plan}) == len(plan)
         assert not plan[0].brief
-        for case, _ in plan:
-            assert round(0.625 * case.batch * case.tokens) == tokens
-            assert case.needed_bytes < most
+        assert [round((1 - case.padded) * case.batch * case.tokens) for case, _ in plan] == tokens
+        assert all(case.needed_bytes < most for case, _ in plan)
+
+
+def test_the_shape_of_ligers_table() -> None:
+    """M = 8,192, H = 4,096, V = 131,072 in bfloat16, every row; on a CPU too large for most machines."""
+    case, brief = head.suite("cuda")[-1]
+    assert (case.batch * case.tokens, case.padded, case.hidden, case.vocab) == (8192, 0.0, 4096, 131_072)
+    assert case.dtype is Dtype.bfloat16
+    assert not brief
+    assert replace(case, device="cpu").needed_bytes > 40e9
 
 
 def test_a_case_that_saves_work_is_compared_with_the_full_one() -> None:
@@ -349,7 +394,7 @@ def test_a_case_that_saves_work_is_compared_with_the_full_one() -> None:
         for row, ms in zip(found.rows, (7.0, both), strict=True):
             row.timings = {allocators(DEVICE)[-1]: Timing.of([Times(slow * ms, 0.0, slow * ms, None)])}
         variants = {row.name: row for row in rows}
-        reports.append(HeadReport(Report(case, 1, found, {}), case, allocators(DEVICE)[-1], variants, 1, 1, 1))
+        reports.append(HeadReport(Report(case, 1, found, {}), case, allocators(DEVICE)[-1], variants, 1, 1, {}, False))
     assert [full_case(report, reports) for report in reports] == [reports[0]] * 3
     over = [{r.name: r for r in report.ratios(reports[0])}.get("time over the full case") for report in reports]
     assert over[0] is None

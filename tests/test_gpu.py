@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from head_cases import head_case, run_head
+from head_cases import call as call_head
+from head_cases import head_case, leaves_of, run_head
 from helpers import same_bits
 from small_model import CONFIG, Model, batch
 
@@ -162,6 +163,23 @@ def test_the_head_waits_twice_and_once_a_chunk() -> None:
     assert out.loss.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_backward_pass_of_the_head_waits_for_nothing(dtype: torch.dtype) -> None:
+    """The factor stays on the GPU, 1 or not; the kernel has the reference's bits, rounded once."""
+    head = head_case(dtype, "cuda")
+    leaves = leaves_of(head, True, True)
+    whole = [x.float() for x in torch.autograd.grad(call_head(head, leaves, config=LossConfig.pmpo()), leaves)]
+    for factor in (1.0, 2.0**-3):  # exact
+        loss, by = call_head(head, leaves, config=LossConfig.pmpo()), torch.tensor(factor, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = torch.autograd.grad(loss, leaves, by)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if dtype == torch.bfloat16:  # of float16 the smallest underflow
+            assert all(torch.equal(x.float(), factor * y) for x, y in zip(found, whole, strict=True))
+
+
 def test_the_head_holds_one_chunk_of_logits() -> None:
     """Peak memory: a chunk's logits, the float32 sum of the weight's gradient, and that in bfloat16 with the hidden states'."""
     N, V, H, chunk = 8192, 50_257, 512, 1024
@@ -191,11 +209,12 @@ def test_products_add_to_float32(dtype: torch.dtype) -> None:
     if not adds_to_float32(device, dtype):
         pytest.skip(f"PyTorch {torch.__version__} does not add 16-bit products to a float32 sum")
     a, b = (torch.randn(s, device=device).to(dtype) for s in ((1000, 300), (300, 96)))
-    total = torch.randn(1000, 96, device=device)
-    want = total.double() + a.double() @ b.double()
-    add_product(total, a, b)
-    terms = want.abs() + a.double().abs() @ b.double().abs()
-    assert ((total.double() - want).abs() <= 302 * torch.finfo(torch.float32).eps / 2 * terms).all()
+    before = torch.randn(1000, 96, device=device)
+    for first, total in ((True, torch.full_like(before, torch.nan)), (False, before.clone())):
+        want, terms = (x @ y for x, y in ((a.double(), b.double()), (a.double().abs(), b.double().abs())))
+        want, terms = (want, terms) if first else (want + before, terms + before.abs())
+        add_product(total, a, b, first)
+        assert ((total.double() - want).abs() <= 302 * torch.finfo(torch.float32).eps / 2 * terms).all()
 
 
 def from_logits(model: Model, case: Case) -> torch.Tensor:

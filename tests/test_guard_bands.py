@@ -41,7 +41,7 @@ PATTERNS = (0xFF, 0x7B, 0x00)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 MODULES = [
     importlib.import_module(f"pmpo_kernels.triton.{name}")
-    for name in ("token_logp", "trajectory", "dlogits", "aggregate")
+    for name in ("token_logp", "trajectory", "dlogits", "aggregate", "scale")
 ]
 KERNELS = {name: kernel for module in MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")}
 (LAUNCHER,) = {type(kernel) for kernel in KERNELS.values()}
@@ -59,7 +59,7 @@ def impl(request: pytest.FixtureRequest) -> str:
 def kernel_of(stage_name: str, impl: str) -> str:
     if impl == "cpp":
         return f"{stage_name}.cpp"
-    direction = "bwd" if stage_name.startswith("dlogits") else "fwd"
+    direction = "bwd" if stage_name.startswith(("dlogits", "scale")) else "fwd"
     return f"_{stage_name.removesuffix('_')}_{direction}_kernel"
 
 
@@ -226,7 +226,30 @@ def test_linear_loss(impl: str, softcap: float | None) -> None:
         )  # fmt: skip
         return [out.loss.detach(), *torch.autograd.grad(out.loss, leaves)]
 
-    check(impl, ("token_logp", "trajectory", "aggregate", "dlogits_"), call)
+    of_triton = ("scale_",) if impl == "triton" else ()
+    check(impl, ("token_logp", "trajectory", "aggregate", "dlogits_", *of_triton), call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 4096, 4099, 2 * 4096 - 1])
+def test_scale(size: int, dtype: torch.dtype) -> None:
+    """A part of a block, whole ones, one with a rest."""
+    factor = torch.tensor(0.3, dtype=reference.compute_dtype(dtype), device=DEVICE)
+
+    def call() -> list[Tensor]:
+        gradient = torch.linspace(-1, 1, size, device=DEVICE).to(dtype)
+        stage("scale_", "triton")(gradient, factor)
+        return [gradient]
+
+    check("triton", ("scale_",), call)
+
+
+def test_scale_by_1_touches_nothing() -> None:
+    gradient, one = torch.randn(9999, device=DEVICE), torch.ones((), device=DEVICE)
+    with guarded(0xFF, LAUNCHER) as guard:
+        stage("scale_", "triton")(gradient, one)
+    programs = -(-9999 // 4096)
+    assert guard.elements == programs  # each reads the factor
 
 
 def test_log_probs_alone(impl: str) -> None:
@@ -253,7 +276,7 @@ def test_solve_power() -> None:
 @pytest.mark.parametrize("V", [37, 8193])
 def test_ids_that_nobody_checked(V: int) -> None:
     """On a GPU ids are not checked, called directly neither: nothing is read at them, and their token gets NaN."""
-    token_logp_kernels, _, dlogits_kernels, _ = MODULES
+    token_logp_kernels, _, dlogits_kernels, *_ = MODULES
     case = make_case(torch.float32, B=1, T=4, V=V, device=DEVICE)
     ids = torch.tensor([[V, -1, 2**40, 0]], device=DEVICE)
     g = torch.ones(1, 4, device=DEVICE)

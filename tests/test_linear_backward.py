@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGURATIONS
+from conftest import CONFIGURATIONS, device_of
 from head_cases import CLIPPING, call, head_case, leaves_of, loss_scale, materialised, product_error, run_head
 from helpers import same_bits
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmpo_kernels.chunks
+import pmpo_kernels.linear
 import pmpo_kernels.projection
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
+from pmpo_kernels.impls import interpreted
+from pmpo_kernels.ops import stage
+from pmpo_kernels.reference import compute_dtype
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
@@ -39,6 +47,100 @@ def test_backward_scales_and_can_be_repeated() -> None:
     assert all(torch.equal(0.75 * x, y) for x, y in zip(first, half, strict=True))
     with pytest.raises(RuntimeError, match="expected a first-order backward, got create_graph=True"):
         torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_that_were_given_stay(dtype: torch.dtype, impl: str, device: str) -> None:
+    """Scaled in place when the graph is freed, in new memory before; a factor of 1 changes no bit."""
+    head = head_case(dtype, device)
+    leaves, size = leaves_of(head, True, True), loss_scale(dtype)
+    loss = call(head, leaves, impl=impl)
+    factors = [size * x for x in (1.0, 0.37, 1.0, -2.0, 0.37)]
+    given = [
+        torch.autograd.grad(loss, leaves, torch.tensor(x, device=device), retain_graph=i < 4)
+        for i, x in enumerate(factors)
+    ]
+    fresh = [
+        torch.autograd.grad(call(head, leaves, impl=impl), leaves, torch.tensor(x, device=device)) for x in factors
+    ]
+    for a, b in zip(given, fresh, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    pointers = [x.untyped_storage().data_ptr() for gradients in given for x in gradients]
+    assert len(set(pointers)) == len(pointers)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("retain_graph", "names"), [(False, ["scale_"] * 2), (True, ["clone", "scale_"] * 2)])
+def test_the_backward_pass_is_an_operator_for_each_gradient(
+    retain_graph: bool, names: list[str], impl: str, device: str
+) -> None:
+    head = head_case(torch.bfloat16, device)
+    leaves = leaves_of(head, True, True)
+    loss = call(head, leaves, impl=impl, max_chunk_tokens=12)
+    factor = torch.tensor(0.3, device=device)
+    with Operators() as found:
+        torch.autograd.grad(loss, leaves, factor, retain_graph=retain_graph)
+    assert found.names == names
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_an_interrupted_backward_pass_scales_nothing_twice(
+    retain_graph: bool, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was scaled in place is not handed out by another backward pass: that raises. With retain_graph=True it repeats."""
+    head = head_case(torch.float32, device)
+    leaves, three = leaves_of(head, True, True), torch.tensor(3.0, device=device)
+    want = torch.autograd.grad(call(head, leaves, impl=impl), leaves, three)
+    loss = call(head, leaves, impl=impl)
+
+    def interrupted(name: str, chosen: str) -> Callable[[Tensor, Tensor], None]:
+        def run(gradient: Tensor, factor: Tensor) -> None:
+            stage(name, chosen)(gradient, factor)
+            raise KeyboardInterrupt
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pmpo_kernels.linear, "stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            torch.autograd.grad(loss, leaves, three, retain_graph=retain_graph)
+    if retain_graph:
+        again = torch.autograd.grad(loss, leaves, three)
+        assert all(torch.equal(x, y) for x, y in zip(again, want, strict=True))
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaves, three)
+
+
+@pytest.mark.parametrize("chosen", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 3 * 4096 + 5])
+def test_scale_rounds_once(size: int, dtype: torch.dtype, chosen: str) -> None:
+    device, arithmetic = device_of(chosen), compute_dtype(dtype)
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
+    for factor in (1.0, 1.0019, -0.3, 1e-30, torch.inf, torch.nan):
+        found, by = gradient.clone(), torch.tensor(factor, dtype=arithmetic, device=device)
+        stage("scale_", chosen)(found, by)
+        want = gradient.to(arithmetic) * by
+        if (
+            chosen == "triton" and interpreted() and dtype == torch.bfloat16
+        ):  # the interpreter cuts off instead of rounding
+            want = (want.view(torch.int32) & -(2**16)).view(torch.float32)
+        want = want.to(dtype)
+        assert torch.equal(found.nan_to_num(7), want.nan_to_num(7))
+        assert torch.equal(found.isnan(), want.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -95,8 +197,8 @@ def test_float16_gradients_are_scaled_before_they_are_rounded() -> None:
 def test_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a product of 16-bit factors can add to a float32 sum, nothing is rounded to 16 bits before the end."""
 
-    def add(total: Tensor, a: Tensor, b: Tensor) -> None:
-        total += a.float() @ b.float()
+    def add(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+        total.copy_(a.float() @ b.float() + (0 if first else total))
 
     head, config = head_case(torch.bfloat16), LossConfig.grpo(clip="none")
     monkeypatch.setattr(pmpo_kernels.projection, "add_product", add)
@@ -143,6 +245,39 @@ def test_autocast(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     out.loss.backward()
     assert [x.grad.dtype for x in leaves] == [x.dtype for x in leaves]
     assert product_error([x.grad for x in leaves], materialised(head, CLIPPING, None), torch.bfloat16) <= 1
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [None, 12, 3])
+@pytest.mark.parametrize("product", [True, False])
+def test_the_first_chunk_is_written(
+    product: bool, chunk: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stood in the memory of the sums."""
+
+    def add(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+        total.copy_(a.float() @ b.float() + (0 if first else total))
+
+    if product:  # what only a GPU has
+        monkeypatch.setattr(pmpo_kernels.projection, "add_product", add)
+        monkeypatch.setattr(pmpo_kernels.projection, "adds_to_float32", lambda device, dtype: True)
+    head, config = head_case(dtype), CONFIGURATIONS["pmpo, all terms"]
+    _, want = run_head(head, config, None, max_chunk_tokens=chunk)
+    with poisoned():
+        _, found = run_head(head, config, None, max_chunk_tokens=chunk)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
 # --- promises --------------------------------------------------------------------------------------------------------
@@ -250,7 +385,8 @@ def test_nothing_to_do(impl: str, kind: str) -> None:
     else:
         hidden, ids = torch.randn(0, 4, requires_grad=True), ids.flatten()[:0]
         options = {"cu_seqlens": torch.zeros(3, dtype=torch.long)}
-    out = linear_pmpo_loss(hidden, weight, ids, None, A, impl=impl, **options)
+    with poisoned():
+        out = linear_pmpo_loss(hidden, weight, ids, None, A, impl=impl, **options)
     out.loss.backward()
     assert out.loss == 0
     assert not any(value.isnan() for value in out.metrics.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import pmpo_kernels.chunks
 import pmpo_kernels.projection
-from pmpo_kernels import linear_pmpo_loss
-from pmpo_kernels.chunks import FEWEST_TOKENS, default_chunk_tokens, pack
+from pmpo_kernels import LossConfig, linear_pmpo_loss
+from pmpo_kernels.chunks import FEWEST_TOKENS, default_chunk_tokens, even, pack
 from pmpo_kernels.demo.cost import peak_memory
 from pmpo_kernels.projection import BLOCK_BYTES, HeadOptions, row_bytes
 
@@ -112,7 +112,7 @@ def test_kl_and_entropy_terms_keep_zero_advantages() -> None:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "half clipped", "softcap"])
 def test_one_chunk_of_logits_at_a_time(kind: str) -> None:
     """Peak memory is one chunk's logits (two with a softcap) and the gradients, and what is of the size of a block of temporaries or
-    of a chunk's hidden states, ids and logp."""
+    of a chunk's hidden states, ids and logp. The backward pass scales in place."""
     N, V, H, chunk, dtype = 512, 65_536, 8, 128, torch.bfloat16 if kind == "bfloat16" else torch.float32
     hidden, weight = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype).requires_grad_()
     ids, offsets = torch.randint(V, (N,)), torch.arange(0, N + 1, 64)
@@ -128,12 +128,11 @@ def test_one_chunk_of_logits_at_a_time(kind: str) -> None:
             out = linear_pmpo_loss(
                 hidden, weight, ids, old_logp, torch.ones(N // 64), max_chunk_tokens=tokens, **options
             )
-            out.loss.backward()
+            (3 * out.loss).backward()
 
         hidden.grad = weight.grad = None
         return peak_memory(run, torch.device("cpu"))
 
-    # given away by the backward pass, since there is nothing to scale; in bfloat16 made of the float32 sum and scaled
     gradients = 4 * (N + V) * H
     block = BLOCK_BYTES["cpu"]
     temporaries = {"float32": 0, "bfloat16": 6 * V * H, "half clipped": block, "softcap": 2 * block}[kind]
@@ -143,33 +142,106 @@ def test_one_chunk_of_logits_at_a_time(kind: str) -> None:
     assert size > 2 * temporaries
     assert peak(chunk) <= buffers * size + gradients + temporaries + small
     assert peak(N) > buffers * N * V * dtype.itemsize  # the measurement sees logits
+    if kind == "bfloat16":  # of one chunk no float32 sum
+        assert peak(N) <= N * V * 2 + 2 * (N + V) * H + 2 * 64 * 8 * N + 4 * 4 * N * H
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_one_chunk_gives_the_weights_gradient_at_once(
+    chunk: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one product, rounded once. Several are summed up in float32, here from blocks; so is float16, which is divided first."""
+    monkeypatch.setattr(pmpo_kernels.projection, "PRODUCT_BYTES", 1)
+    head, config = head_case(dtype), LossConfig.grpo(clip="none")
+    V, H = head.weight.shape
+    gradients: list[torch.Tensor] = []
+    found = products_of(lambda: gradients.extend(run_head(head, config, None, max_chunk_tokens=chunk)[1]))
+    rows = [m for m, k, n in found if n == H and k not in (H, V)]
+    if chunk or dtype == torch.float16:
+        assert set(rows) == {1}
+        return
+    assert rows == [V]
+    want = materialised(head, config, None)
+    n, u = head.case.mask.numel(), 2.0**-24
+    bound = want.terms[1] * (n + 2) * u + want.gradients[1].abs() * 2.0**-8
+    assert ((gradients[1].double() - want.gradients[1]).abs() <= bound).all()
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 40)), st.integers(1, 60))
+def ways(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Tokens of the chunks of every way to cut the row of trajectories into chunks that fit, or are one too long with tokens."""
+    for cuts in product((False, True), repeat=max(len(lengths) - 1, 0)):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+        parts = [lengths[a:b] for a, b in pairwise(edges) if a < b]
+        if all(sum(part) <= max_tokens or sum(n > 0 for n in part) == 1 for part in parts):
+            yield [sum(part) for part in parts]
+
+
+def largest(sizes: list[int], max_tokens: int) -> int:
+    return max((n for n in sizes if n <= max_tokens), default=0)
+
+
+@given(st.lists(st.integers(0, 40), max_size=9), st.integers(1, 60))
 def test_pack(lengths: list[int], max_tokens: int) -> None:
-    """Every trajectory once, in order; no chunk too long unless one trajectory is; none that the next one fits into."""
-    chunks = list(pack(lengths, max_tokens))
+    """Every trajectory once, in order; of all ways with the fewest chunks one whose largest that fits is smallest."""
+    chunks = pack(lengths, max_tokens)
     assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(len(lengths)))
-    for chunk in chunks:
-        assert sum(lengths[chunk]) <= max_tokens or sum(n > 0 for n in lengths[chunk]) == 1
-    for a, b in pairwise(chunks):
-        assert sum(lengths[a]) + lengths[b.start] > max_tokens
+    sizes, every = [sum(lengths[chunk]) for chunk in chunks], list(ways(lengths, max_tokens))
+    assert sizes in every
+    fewest = min(len(way) for way in every)
+    assert len(sizes) == fewest
+    assert largest(sizes, max_tokens) == min(largest(way, max_tokens) for way in every if len(way) == fewest)
+
+
+def test_chunks_are_balanced() -> None:
+    """Not full ones and a rest."""
+    assert [500 * (c.stop - c.start) for c in pack([500] * 34, 16_384)] == [8500, 8500]
+    assert [256 * (c.stop - c.start) for c in pack([256] * 60, 4096)] == [3840] * 4
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**5))
+def test_pieces_of_a_long_trajectory_are_even(tokens: int, max_tokens: int) -> None:
+    size = even(tokens, max_tokens)
+    pieces = -(-tokens // size)
+    assert 1 <= size <= max_tokens
+    assert pieces == -(-tokens // max_tokens)
+    assert (size - 1) * pieces < tokens
+
+
+def test_long_trajectories_are_projected_in_even_pieces() -> None:
+    """7 tokens in chunks of 5: 4 and 3, and once more for the gradient of all of them."""
+    head = head_case(torch.float32)
+    V, H = head.weight.shape
+    config = LossConfig.grpo(clip="none")
+    leaves = leaves_of(head, True, True)
+    found = products_of(lambda: call(head, leaves, config, max_chunk_tokens=5, mask=None).backward())
+    trajectories = int((head.case.advantages != 0).sum())
+    assert [m for m, k, n in found if (k, n) == (H, V)] == [4, 3] * 2 * trajectories
 
 
 def test_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest trajectory or 1,024 tokens on a CPU, but at most a quarter of the free memory; a power of two then."""
-    cpu, free = torch.device("cpu"), 8 << 30
-    monkeypatch.setattr(pmpo_kernels.chunks, "available_memory", lambda device: free)
-    assert default_chunk_tokens(100, 1000, cpu) == 1024
-    assert default_chunk_tokens(5000, 1000, cpu) == 5000
+    """1,024 tokens on a CPU, 16,384 elsewhere, within an eighth of the free memory; or the longest trajectory within a quarter; a
+    power of two where memory decides."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(pmpo_kernels.chunks, "available_memory", lambda device: 8 << 30)
+    for device, enough in ((cpu, 1024), (gpu, 16_384)):
+        assert default_chunk_tokens(100, 1000, device) == enough
+        assert default_chunk_tokens(20_000, 1000, device) == 20_000
+        assert default_chunk_tokens(5000, 1 << 40, device) == FEWEST_TOKENS
     assert default_chunk_tokens(5000, 1 << 20, cpu) == 2048
     assert default_chunk_tokens(5000, 3 << 19, cpu) == 1024
-    assert default_chunk_tokens(5000, 1 << 40, cpu) == FEWEST_TOKENS
+    assert default_chunk_tokens(100, 1 << 16, gpu) == 16_384
+    assert default_chunk_tokens(100, (1 << 16) + 1, gpu) == 8192
+    assert default_chunk_tokens(10_000, (1 << 16) + 1, gpu) == 10_000
+    assert default_chunk_tokens(100, 1 << 20, gpu) == 1024
+    assert default_chunk_tokens(1500, 1 << 20, gpu) == 1500
+    assert default_chunk_tokens(5000, 1 << 20, gpu) == 2048
     monkeypatch.setattr(pmpo_kernels.chunks, "available_memory", lambda device: None)
     assert default_chunk_tokens(5000, 1 << 40, cpu) == 5000
+    assert default_chunk_tokens(5000, 1 << 40, gpu) == 16_384
     head = HeadOptions(1.0, None, 1.0, torch.bfloat16, [True, True, True], None, True)
     assert row_bytes(50_257, head) == 2 * 50_304
     assert row_bytes(50_257, head._replace(logit_softcap=30.0)) == 4 * 50_304

@@ -32,6 +32,8 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
     if name == "solve_power":
         l = (logp - case.old_logp).double().flatten()
         return l, case.mask.flatten(), torch.arange(5, device=device) * 4, torch.full((4,), 3.9).double(), 1.0
+    if name == "scale_":
+        return case.logits, logp[0, 0]
     g = torch.randn_like(logp)
     return case.logits, case.token_ids, case.mask, row_max, row_sum, entropy, g, None, 0.9
 

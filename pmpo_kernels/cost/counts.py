@@ -26,7 +26,7 @@ class Scheme:
     """How `tp * cp * dp` GPUs share a step, ranks of "tp" next to each other, then those of "cp".
 
     path: "eager" the loss as people write it (`baseline`), "logits" `pmpo_loss`, "in place" the same with inplace=True, "fused"
-        `linear_pmpo_loss` with chunks of `chunk` tokens.
+        `linear_pmpo_loss` with chunks of at most `chunk` tokens.
     fsdp: the head's weight is gathered for every call and its gradient reduce-scattered after it, over cp and dp; otherwise every
         rank keeps its part of the vocabulary, and an optimizer sharded over cp and dp does both once a step.
     """
@@ -36,7 +36,7 @@ class Scheme:
     dp: int = 1
     path: Path = "fused"
     fsdp: bool = True
-    chunk: int = 4096
+    chunk: int = 16_384
 
     @property
     def gpus(self) -> int:
@@ -98,6 +98,14 @@ def pieces(scheme: Scheme, call: Call) -> tuple[int, int]:
     return chunks, chunks
 
 
+def largest_chunk(scheme: Scheme, call: Call) -> float:
+    """Tokens of the fused head's largest chunk: as few chunks as possible, of whole trajectories, as even as possible."""
+    if twice(scheme, call):
+        return scheme.chunk
+    n = 1 if scheme.cp > 1 else max(call.trajectories, 1)
+    return math.ceil(n / pieces(scheme, call)[0]) * call.entering / n
+
+
 def products(head: Head, scheme: Scheme, call: Call) -> float:
     """FLOPs of the head: 2 H V/tp for a token and product, one forward and two backward; with `again` one more.
 
@@ -112,14 +120,15 @@ def product_bytes(head: Head, scheme: Scheme, call: Call) -> float:
     """Bytes of the head's products, each operand read and each result written once.
 
     Forward: H s and V s a token, V H s a chunk. Backward: 2 V s and 2 H s a token, V H s a chunk, and the weight's gradient:
-    read and written in float32 for each chunk of the fused head, written in s once by a head with all logits.
+    written in float32 by the first chunk of the fused head, read and written by each further one; written in s once by a head with
+    all logits, or by the only chunk.
     """
     V, H, s = part(head, scheme), head.hidden, head.element
     forward, back = pieces(scheme, call)
     fused = scheme.path == "fused"
     projected = call.entering + again(scheme, call) if fused else call.tokens
     returned = call.returning if fused else call.tokens
-    gradient = back * V * H * 2 * max(s, FLOAT32) if fused else V * H * s
+    gradient = V * H * (s if not fused or call.entering <= scheme.chunk else max(2 * back - 1, 0) * max(s, FLOAT32))
     return s * (projected * (H + V) + returned * 2 * (H + V) + (forward + back) * V * H) + gradient
 
 
@@ -152,15 +161,14 @@ def memory(head: Head, scheme: Scheme, call: Call) -> float:
 
     Of a head with all logits the larger of the loss's peak and the head's backward pass, which holds the logits' gradient beside
     s (V H + M H). The loss's, in units of M V: eager, the logits (s) and four float32 tensors (three from 4-byte logits); logits,
-    2 s; in place, s. fused, M H s and the largest of: a chunk's logits and the float32 sum of the weight's gradient; that sum
-    and its copy in s; while the backward pass scales them, both gradients once more.
+    2 s; in place, s. fused, M H s, the weight's gradient, summed up in float32 but for a single chunk's, and the larger of a
+    chunk's logits and that gradient's copy in s. The backward pass scales in place, where it frees the graph.
     """
     V, H, s, M = part(head, scheme), head.hidden, head.element, call.tokens
     if scheme.path == "fused":
         stride = math.ceil(V / ROW_MULTIPLE) * ROW_MULTIPLE
-        summed = max(s, FLOAT32)
+        summed = s if call.entering <= scheme.chunk else max(s, FLOAT32)
         copy = 0 if summed == s else s
-        chunk = min(scheme.chunk, call.entering) * stride * s
-        return M * H * s + max(chunk + V * H * summed, V * H * (summed + copy), 2 * V * H * s + M * H * s)
+        return M * H * s + V * H * summed + max(largest_chunk(scheme, call) * stride * s, V * H * copy)
     units = {"eager": s + (3 if s >= FLOAT32 else 4) * FLOAT32, "logits": 2 * s, "in place": s}[scheme.path]
     return max(M * V * units, s * (M * V + V * H + M * H))

@@ -1,8 +1,10 @@
-"""Triton kernels of the stages, one file each; the functions are named and called like those of `reference`."""
+"""Triton kernels of the stages and of the fused head's backward pass, one file each; the functions are named and called like those
+of `reference`."""
 
 from pmpo_kernels.triton.aggregate import aggregate
 from pmpo_kernels.triton.dlogits import dlogits
+from pmpo_kernels.triton.scale import scale_
 from pmpo_kernels.triton.token_logp import token_logp
 from pmpo_kernels.triton.trajectory import trajectory
 
-__all__ = ["aggregate", "dlogits", "token_logp", "trajectory"]
+__all__ = ["aggregate", "dlogits", "scale_", "token_logp", "trajectory"]
