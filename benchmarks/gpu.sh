@@ -11,31 +11,32 @@
 #   WHEELS      folder with wheels of what is compared with, such as Liger's and TRL's, installed for this call alone
 #   STEPS       names of steps, run in the order of the table below
 #   LIMITS      other limits in seconds, such as "tests=300 soak=600"
-#   TOTAL       seconds for the call (default 585)
+#   TOTAL       seconds for the call (default 585; of a rehearsal 175)
 #   KEEP_GOING  1: go on after a failed smoke test
 #   COMMIT      what is measured, for a copy of the sources without its repository: kept as commit.txt
 # Exits with 1 if a step failed, was cut at its limit or was not reached, with 2 for a wrong option.
 set -uo pipefail
 shopt -s nullglob
-GRACE=5 # seconds from an interrupt to the kill; as many are kept at the end for targets and archive
+GRACE=5      # seconds from an interrupt to the kill; as many are kept at the end for targets and archive
+DRY_LIMIT=60 # seconds of each step of a rehearsal
 
-# The table: name, limit in seconds, limit of a rehearsal, command.
+# The table: name, limit in seconds, command.
 steps() {
-  step prepare 15 20 bash -c prepare
-  step smoke 45 40 "${tests[@]}" "${smoke[@]}" || return
-  step stages 30 30 "$PYTHON" benchmarks/stages.py "${out[@]}" "${tiny_stages[@]}"
-  step run 40 30 "$PYTHON" benchmarks/run.py --suite main "${out[@]}" "${tiny[@]}"
-  step head 45 30 "$PYTHON" benchmarks/head.py --suite main --no-compile "${out[@]}" "${tiny_head[@]}"
-  step sweep 30 30 "$PYTHON" benchmarks/sweep.py "${out[@]}" "${tiny_sweep[@]}"
-  step cases 45 30 "$PYTHON" benchmarks/run.py --suite more --no-compile --repeats 5 "${out[@]}" "${tiny[@]}"
-  step tests 70 30 "${tests[@]}" "${kernels[@]}"
-  step large 20 20 "$PYTHON" -m pytest -v tests/test_gpu.py -k "$LARGE"
-  step verify 15 20 "$PYTHON" -m pmpo_kernels verify "${tiny_verify[@]}"
-  step head-more 45 30 "$PYTHON" benchmarks/head.py --suite more --no-compile "${out[@]}" "${tiny_head[@]}"
-  step memcheck 90 30 bash -c 'sanitize memcheck'
-  step properties 85 30 "${tests[@]}" "${properties[@]}"
-  step racecheck 90 30 bash -c 'sanitize racecheck'
-  step soak 60 40 "$PYTHON" benchmarks/soak.py "${soak[@]}" --out "$RESULTS/soak.json" "${overwrite[@]}"
+  step prepare 15 bash -c prepare
+  step smoke 45 "${tests[@]}" "${smoke[@]}" || return
+  step stages 30 "$PYTHON" benchmarks/stages.py "${out[@]}" "${tiny_stages[@]}"
+  step run 40 "$PYTHON" benchmarks/run.py --suite main "${out[@]}" "${tiny[@]}"
+  step head 45 "$PYTHON" benchmarks/head.py --suite main --no-compile "${out[@]}" "${tiny_head[@]}"
+  step sweep 30 "$PYTHON" benchmarks/sweep.py "${out[@]}" "${tiny_sweep[@]}"
+  step cases 45 "$PYTHON" benchmarks/run.py --suite more --no-compile --repeats 5 "${out[@]}" "${tiny[@]}"
+  step tests 70 "${tests[@]}" "${kernels[@]}"
+  step large 20 "$PYTHON" -m pytest -v tests/test_gpu.py -k "$LARGE"
+  step verify 15 "$PYTHON" -m pmpo_kernels verify "${tiny_verify[@]}"
+  step head-more 45 "$PYTHON" benchmarks/head.py --suite more --no-compile "${out[@]}" "${tiny_head[@]}"
+  step memcheck 90 bash -c 'sanitize memcheck'
+  step properties 85 "${tests[@]}" "${properties[@]}"
+  step racecheck 90 bash -c 'sanitize racecheck'
+  step soak 60 "$PYTHON" benchmarks/soak.py "${soak[@]}" --out "$RESULTS/soak.json" "${overwrite[@]}"
 }
 FIRST_CALL="prepare smoke stages run head sweep cases tests large verify head-more memcheck properties"
 LARGE="more_than or holds_one_chunk" # gigabytes each
@@ -88,13 +89,13 @@ sanitize() { # without PyTorch's caching allocator, so that each tensor is an al
   fi
 }
 
-# step NAME SECONDS REHEARSAL COMMAND...: run for at most so many seconds and what is left of the call; the output goes to
-# NAME.log. Fails where the call must not go on.
+# step NAME SECONDS COMMAND...: run for at most so many seconds and what is left of the call; the output goes to NAME.log. Fails
+# where the call must not go on.
 step() {
   local name=$1 limit=$2 log=$RESULTS/$1.log began=$SECONDS left=$((TOTAL - SECONDS - 2 * GRACE)) status found
-  ((!DRY)) || limit=$3
+  ((!DRY)) || limit=$DRY_LIMIT
   limit=${limits[$name]:-$limit}
-  shift 3
+  shift 2
   [[ " $STEPS " == *" $name "* ]] || return 0
   ((limit <= left)) || limit=$left
   if ((limit <= 0)); then
@@ -157,14 +158,16 @@ fail() {
   exit 2
 }
 
-DRY=${DRY:-0} KEEP_GOING=${KEEP_GOING:-0} TOTAL=${TOTAL:-585} WHEELS=${WHEELS:-} STEPS=${STEPS:-}
+DRY=${DRY:-0} KEEP_GOING=${KEEP_GOING:-0} WHEELS=${WHEELS:-} STEPS=${STEPS:-}
 [[ $DRY =~ ^[01]$ ]] || fail "expected DRY of 0 or 1, got $DRY"
+TOTAL=${TOTAL:-$((DRY ? 175 : 585))}
 [[ $KEEP_GOING =~ ^[01]$ ]] || fail "expected KEEP_GOING of 0 or 1, got $KEEP_GOING"
 [[ $TOTAL =~ ^[1-9][0-9]*$ ]] || fail "expected TOTAL in seconds, got $TOTAL"
 [[ $* =~ ^(--overwrite)?$ ]] || fail "expected no option but --overwrite, got $*"
 overwrite=("$@")
+[[ ${PYTHON:-} != */* ]] || PYTHON=$(realpath -ms -- "$PYTHON")
 for name in RESULTS ARCHIVE WHEELS; do # as seen from where the call is made
-  [ -z "${!name:-}" ] || printf -v "$name" %s "$(realpath -m -- "${!name}")"
+  [ -z "${!name:-}" ] || printf -v "$name" %s "$(realpath -ms -- "${!name}")"
 done
 cd "$(dirname "$0")/.." || exit 2
 
