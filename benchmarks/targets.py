@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Content = dict[str, Any]
-QWEN = 151936
+MODEL = "qwen2.5"  # V = 151,936
 OURS, PRODUCTS = "linear_pmpo_loss", "time over three products"
 HEAD_OVER_PRODUCTS, HEAD_LIGER_OVER_OURS, HEAD_MEMORY, HEAD_HALF_OVER_FULL = 1.10, 2.0, 1.0, 0.6
 
@@ -33,7 +33,7 @@ class Results(NamedTuple):
         return find(self.runs, {name: value for name, value in wanted.items() if value is not None})
 
     def head(self, zero_advantage: float = 0) -> Content:
-        """The case of GRPO with a real model's vocabulary; {} if there is none."""
+        """The case of GRPO with some of the trajectories at A = 0; {} if there is none."""
         return find(self.heads, {"preset": "grpo", "clipped": 0, "zero_advantage": zero_advantage})
 
 
@@ -58,9 +58,9 @@ class Target(NamedTuple):
 
 
 def find(cases: list[Content], wanted: dict[str, Any]) -> Content:
-    """The first case with these fields; those of vocabulary `QWEN` come first."""
+    """The first case with these fields of the model that the targets are about, else of a rehearsal."""
     found = [c for c in cases if all(c["case"][name] == value for name, value in wanted.items())]
-    return min(found, key=lambda c: c["case"]["vocab"] != QWEN, default={})
+    return next((c for model in (MODEL, "tiny") for c in found if c["case"]["model"] == model), {})
 
 
 def at(content: Content | None, *path: str) -> Any:
@@ -174,11 +174,11 @@ def load(folder: Path) -> Results:
 
 
 def state(target: Target, results: Results) -> tuple[str, str]:
-    """(measured, whether met). Without a GPU, or with another vocabulary, it is a rehearsal."""
+    """(measured, whether met). Without a GPU, or of another model, it is a rehearsal."""
     value, content = target.read(results)
     if value is None:
         return "-", "not measured"
-    if "cuda:0" not in content["devices"] or content["case"]["vocab"] != QWEN:
+    if "cuda:0" not in content["devices"] or content["case"]["model"] != MODEL:
         return target.show(value), "rehearsal, no result"
     return target.show(value), "met" if target.met(value) else "NOT MET"
 
