@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -52,6 +53,17 @@ from pmpo_kernels.projection import adds_to_float32
 HIDDEN = {"qwen2.5": 3584, "smollm2": 576, "ministral": 4096}
 USUAL = {"cpu": ("smollm2", "float32", 8, 512, 3), "cuda": ("qwen2.5", "bfloat16", 6, 4096, 5)}
 """Model, dtype, trajectories, tokens of the longest, rounds. With the usual padding the shortest has a quarter of that."""
+
+
+class Suite(str, Enum):
+    """`main`: the first case, which is asked most. `more`: the others. `all`: both."""
+
+    main = "main"
+    more = "more"
+    all = "all"
+
+
+TINY = {"vocab": 320, "hidden": 16, "tokens": 8, "model": "tiny"}  # of a rehearsal
 
 
 class Planned(NamedTuple):
@@ -147,14 +159,20 @@ def compare(
     advance: Callable[[str], None],
     setting: Allocator,
     memory: bool,
+    save: Callable[[Comparison, HeadInputs], object] = lambda found, inputs: None,
 ) -> tuple[Comparison, HeadInputs]:
-    """Build the inputs, check, measure memory, time in rounds. The check is a CPU's warm-up; a GPU has a round more."""
+    """Build the inputs, check, time in rounds, measure memory. The check is a CPU's warm-up; a GPU has a round more.
+
+    `save` is given what there is after each row that was checked, each timed round and each memory figure.
+    """
     advance("building inputs")
     inputs = build_head_inputs(case)
     benches = {padded: HeadBench(inputs, padded) for padded in {variant.padded for variant in chosen}}
     advance("float64")
     want = head_accuracy.exact(inputs, case.config)
     rows = [Row(variant.name, variant.group) for variant in chosen]
+    traffic = model_bytes(case, len(inputs.hidden), want.gradient_rows)
+    found = Comparison(rows, {}, {}, traffic, want.gradient_rows)
     functions = {}
     with using(setting):
         for variant, row in zip(chosen, rows, strict=True):
@@ -163,16 +181,19 @@ def compare(
             check(row, benches[variant.padded], f, case, want)
             if not row.problem:
                 functions[variant.name] = (benches[variant.padded], f)
+            save(found, inputs)
         times: dict[str, list[Times]] = {name: [] for name in functions}
         warmups = 0 if case.device == "cpu" else 1
         for i, names in enumerate(rotating(list(functions), warmups + repeats)):
             for name in names:
                 advance(f"timing {name}")
                 bench, f = functions[name]
-                found = bench.time(f)
+                laps = bench.time(f)
                 if i >= warmups:
-                    times[name].append(found)
-    summarise(rows, setting, times)
+                    times[name].append(laps)
+            if i >= warmups:
+                summarise(rows, setting, times)
+                save(found, inputs)
     with tempfile.TemporaryDirectory() if memory else nullcontext() as folder:
         path = Path(folder or ".") / "inputs.pt"
         if memory and case.device == "cpu":
@@ -181,18 +202,36 @@ def compare(
             advance(f"memory of {variant.name}")
             if memory and variant.name in functions:
                 row.peak_bytes = peak(case, variant, *functions[variant.name], path)
-    traffic = model_bytes(case, len(inputs.hidden), want.gradient_rows)
-    return Comparison(rows, {}, {}, traffic, want.gradient_rows), inputs
+                save(found, inputs)
+    return found, inputs
 
 
 def run_case(
     planned: Planned, repeats: int, compiled: bool, memory: bool, out: Path, done: list[HeadReport], console: Console
 ) -> HeadReport:
-    """Measure one case, print it and write its files. `done`: the cases before."""
+    """Measure one case, print it and write its files, the JSON after each step. `done`: the cases before."""
     torch._dynamo.reset()
     case = planned.case
     chosen, skipped = head_rows(case, compiled, planned.brief)
     setting = allocators(case.device)[-1]
+    out.mkdir(parents=True, exist_ok=True)
+    json_path, png_path = files(case, out)
+
+    def report_of(comparison: Comparison, inputs: HeadInputs) -> HeadReport:
+        return HeadReport(
+            Report(case, repeats, comparison, skipped),
+            case,
+            setting,
+            {variant.name: variant for variant in chosen},
+            len(inputs.hidden),
+            int(inputs.mask[inputs.advantages != 0].sum()),
+            {v.name: largest_chunk(case, inputs, v.chunk) for v in chosen if v.name.startswith(OURS)},
+            None if case.dtype is Dtype.float32 else adds_to_float32(inputs.hidden.device, inputs.weight.dtype),
+        )
+
+    def save(report: HeadReport, complete: bool) -> None:
+        write_json(content(report, full_case(report, [*done, report])) | {"complete": complete}, json_path)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         warmups = 0 if case.device == "cpu" else 1
@@ -201,24 +240,13 @@ def run_case(
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
 
-        comparison, inputs = compare(case, chosen, repeats, advance, setting, memory)
-    report = HeadReport(
-        Report(case, repeats, comparison, skipped),
-        case,
-        setting,
-        {variant.name: variant for variant in chosen},
-        len(inputs.hidden),
-        int(inputs.mask[inputs.advantages != 0].sum()),
-        {v.name: largest_chunk(case, inputs, v.chunk) for v in chosen if v.name.startswith(OURS)},
-        None if case.dtype is Dtype.float32 else adds_to_float32(inputs.hidden.device, inputs.weight.dtype),
-    )
+        so_far = partial(compare, case, chosen, repeats, advance, setting, memory)
+        report = report_of(*so_far(lambda found, inputs: save(report_of(found, inputs), complete=False)))
     console.print(speed_table(report))
     console.print(accuracy_table(report.base, ERROR_PARTS, ERROR_NOTE))
     for line in reasons(report):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
-    json_path, png_path = files(case, out)
-    write_json(content(report, full_case(report, [*done, report])), json_path)
+    save(report, complete=True)
     write_figure(report.base, png_path)
     console.print(f"Written: {json_path}, {png_path}", soft_wrap=True)
     return report
@@ -230,6 +258,9 @@ def files(case: HeadCase, out: Path) -> tuple[Path, Path]:
 
 
 def main(
+    suite_name: Annotated[
+        Suite, typer.Option("--suite", help="Cases, unless an option below names others.")
+    ] = Suite.all,
     model: Annotated[Model | None, typer.Option(help="Vocabulary and width, by model.")] = None,
     hidden: Annotated[int | None, typer.Option(min=1, help="Width H of the hidden states.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of hidden states and head.")] = None,
@@ -246,12 +277,15 @@ def main(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="With a row for torch.compile.")] = True,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A rehearsal: the cases in a size whose times say nothing.")
+    ] = False,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")] = Path("out/head"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results in --out.")] = False,
 ) -> None:
     """Check, then time forward and backward of the loss and the LM head by every package that is installed.
 
-    Without --model, --hidden, --dtype, --preset, --tokens and --batch: the cases of the suite, where those of fractions
+    Without --model, --hidden, --dtype, --preset, --tokens and --batch: the cases of --suite, where those of fractions
     that save work have few rows. With one of them: one case a preset, all rows. The fractions replace those of every case. The
     exit code is 1 if a row is wrong.
     """
@@ -260,7 +294,9 @@ def main(
     given = {"padded": padded, "clipped": clipped, "zero_advantage": zero_advantage}
     fractions = {name: value for name, value in given.items() if value is not None}
     try:
-        plan = [Planned(replace(case, **fractions), brief) for case, brief in suite(device)]
+        first, *others = suite(device)
+        plan = {Suite.main: [first], Suite.more: others, Suite.all: [first, *others]}[suite_name]
+        plan = [Planned(replace(case, **fractions), brief) for case, brief in plan]
         if model or hidden or dtype or preset or tokens or batch:
             shape = (batch or B, tokens or T, hidden, device, {"zero_advantage": 0.0, **fractions})
             kind = (model or Model(usual_model), dtype or Dtype(usual_dtype))
@@ -269,6 +305,8 @@ def main(
         raise typer.BadParameter(
             str(error), param_hint=f"--{str(error).partition(':')[0].replace('_', '-')}"
         ) from error
+    if tiny:
+        plan = [Planned(replace(case, **TINY), brief) for case, brief in plan]
     plan = list({planned.case: planned for planned in plan}.values())
     check_files([path for planned in plan for path in files(planned.case, out)], overwrite)
     check_memory([planned.case for planned in plan], "--model, --hidden, --tokens, --batch, --dtype")

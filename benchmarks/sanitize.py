@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
@@ -159,21 +160,24 @@ FURTHER: dict[str, Callable[[Batch], None]] = {
 }
 
 
-def main() -> None:
+def main(
+    tiny: Annotated[bool, typer.Option("--tiny", help="A rehearsal: few rows, a small vocabulary.")] = False,
+) -> None:
     """Every combination; on CPU tensors only under Triton's interpreter."""
     device = "cpu" if interpreted() else "cuda"
-    for V, T in ((1000, 37), (17_003, 37), (17_003, 80)):  # 320 rows are enough for a program each
-        for dtype in (torch.bfloat16, torch.float32):
+    few = (40, 3) if tiny else (1000, 37)
+    for V, T in (few,) if tiny else (few, (17_003, 37), (17_003, 80)):  # 320 rows are enough for a program each
+        for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float32):
             for packed in (False, True):
                 for inplace, config in product((False, True), CONFIGS.values()):
                     run(V, T, dtype, packed, inplace, config, device)
                 print(f"ran V={V} T={T} {dtype} {'packed' if packed else 'padded'} on {device}", flush=True)
     for dtype in (torch.float16, torch.float64):
-        run(1000, 37, dtype, False, False, CONFIGS["pmpo"], device)
+        run(*few, dtype, False, False, CONFIGS["pmpo"], device)
     for name, call in FURTHER.items():
-        call(make_batch(1000, 37, torch.bfloat16, device))
+        call(make_batch(*few, torch.bfloat16, device))
         print(f"ran {name} on {device}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

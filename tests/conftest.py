@@ -57,12 +57,12 @@ def config(request: pytest.FixtureRequest) -> LossConfig:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "isolated" in item.keywords and not config.getoption("isolated"):
+        if item.get_closest_marker("isolated") and not config.getoption("isolated"):
             item.add_marker(pytest.mark.skip(reason="downloads, or takes minutes: make package"))
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # its keywords have the names of folders too
             item.add_marker(pytest.mark.skip(reason="no GPU is visible to PyTorch"))
 
 
