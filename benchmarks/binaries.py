@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU, and look at its binaries.
 
 python benchmarks/binaries.py sm_90            JSON lines, one a binary: registers, spills, widths, the loop over the vocabulary
-python benchmarks/binaries.py --out FILE       the same for every architecture as one file, which docs/performance.md is made from
+python benchmarks/binaries.py --out FOLDER     the same for every architecture, as binaries-<version of triton>.json
+make binaries                                  that for two versions; docs/performance.md is made from them
 
 A program of its own, because kernels that were imported under the interpreter cannot be compiled.
 """
@@ -30,6 +31,8 @@ from sweep import STAGES, steps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pmpo_kernels.benchmarking.machine import provenance
+from pmpo_kernels.cli.bench import check_files
 from pmpo_kernels.reference import STATS
 from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, Step, VocabLaunch, launch_config
 
@@ -266,23 +269,23 @@ def binaries(arch: str) -> Iterator[dict[str, Any]]:
 
 def main(
     archs: Annotated[list[str] | None, typer.Argument(help="Architectures.", show_default="all")] = None,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="One JSON file instead of lines.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for one JSON file instead of lines.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
 ) -> None:
     """Compile for each architecture and describe the binaries."""
     unknown = [arch for arch in archs or () if arch not in TARGETS]
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(TARGETS)}, got {', '.join(unknown)}", param_hint="ARCHS")
-    if out and out.exists() and not overwrite:
-        raise typer.BadParameter(f"expected a new file, got {out}; give --overwrite to replace it", param_hint="--out")
+    path = out / f"binaries-{triton.__version__}.json" if out else None
+    check_files([path] if path else [], overwrite)
     chosen = archs or list(TARGETS)
-    if not out:
+    if not path:
         for arch in chosen:
             for binary in binaries(arch):
                 print(json.dumps(binary), flush=True)
         return
-    from pmpo_kernels.benchmarking.machine import provenance
-
     console = Console(stderr=True)
     found = [b for arch in track(chosen, "compiling", console=console) for b in binaries(arch)]
     target, compared = TARGETS["sm_90"], list(alternatives("sm_90", 151_936, "bf16"))
@@ -290,8 +293,9 @@ def main(
         {"kernel": kernel.name, **step._asdict(), **inspect(compile_kernel(kernel, target), kernel, target)}
         for step, kernel in track(compared, "alternatives", console=console)
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**provenance(), "binaries": found, "alternatives": others}, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(), "binaries": found, "alternatives": others}, indent=1) + "\n")
+    print(f"Written: {path}")
 
 
 if __name__ == "__main__":
