@@ -3,12 +3,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Where PyTorch brings no Triton: one for CUDA does, and requires that version.
 TRITON ?= triton==3.9.0
+OLDEST_TRITON ?= triton==3.6.0
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test nightly docs peers bench verify sanitize soak package versions constraints experiment experiment-gpu lint clean
+.PHONY: demo test nightly docs peers bench verify sanitize soak package versions binaries constraints experiment experiment-gpu lint clean
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
@@ -67,9 +68,17 @@ peers: .venv-peers/installed
 package: .venv/installed
 	$(BIN)/python -m pytest tests/test_package.py tests/test_security.py --isolated
 
-# The lowest and the newest versions that are supported, each in an environment of its own under .versions.
+# The lowest and the newest versions that are supported, and a GPU machine's, each in an environment of its own under .versions.
 versions: .venv/installed
 	$(BIN)/python tests/versions.py
+
+# The Triton kernels' binaries described anew, after a change of the kernels, with the oldest supported Triton and that of .venv.
+binaries: .venv/installed
+	rm -f benchmarks/results/binaries-*.json
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .versions/triton "$(OLDEST_TRITON)"
+	PYTHONPATH=.versions/triton $(BIN)/python benchmarks/binaries.py --out benchmarks/results
+	$(BIN)/python benchmarks/binaries.py --out benchmarks/results
+	$(BIN)/python benchmarks/readme_table.py
 
 # The newest of everything, on the Python that is used here, becomes what .venv is made of.
 constraints:

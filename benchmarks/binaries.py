@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU, and look at its binaries.
 
 python benchmarks/binaries.py sm_90            JSON lines, one a binary: registers, spills, widths, the loop over the vocabulary
-python benchmarks/binaries.py --out FILE       the same for every architecture as one file, which docs/performance.md is made from
+python benchmarks/binaries.py --out FOLDER     the same for every architecture, as binaries-<version of triton>.json
+make binaries                                  that for two versions; docs/performance.md is made from them
 
 A program of its own, because kernels that were imported under the interpreter cannot be compiled.
 """
@@ -26,11 +27,14 @@ import triton
 import typer
 from rich.console import Console
 from rich.progress import track
+from sweep import STAGES, steps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pmpo_kernels.benchmarking.machine import provenance
+from pmpo_kernels.cli.bench import check_files
 from pmpo_kernels.config import STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, launch_config
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, Step, VocabLaunch, launch_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +44,8 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 CASES = ((151_936, "bf16"), (151_936, "fp32"), (50_257, "bf16"), (50_257, "fp32"), (151_936, "fp16"), (151_936, "fp64"))
+WIDTH = re.compile(r"\.(128|64|U16|U8)\b")  # of an access, 32 bits if it names none
+ALU = re.compile(r"(FMNMX|FSETP|FSEL|LOP3|SHF|PRMT|ISETP|IADD3|VIADD|SEL|F2FP|PLOP3|LEA)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS, TRAJECTORY_WARPS = 8192, 8
 SMALL = (
@@ -101,40 +107,31 @@ def kernels(arch: str) -> Iterator[Kernel]:
 
 def vocabulary_kernels(arch: str, V: int, dtype: str, config: LaunchConfig) -> Iterator[Kernel]:
     """token_logp and its merge; dlogits where rows of logits and gradient lie alike to 16-byte boundaries, and where not."""
-    warp, size = TARGETS[arch].warp_size, DTYPES[dtype].itemsize
     pointers = SHARED | {f"{name}_ptr": "*fp64" if dtype == "fp64" else "*fp32" for name in SMALL}
     pointers |= {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    block, lanes, warps, _, evict = config.token_logp
-    constants = {
-        "V": V,
-        "BLOCK_V": block,
-        "LANES": lanes,
-        "VECTOR": 16 // size if V * size % 16 == 0 else 1,
-        "EVICT": evict,
-    }
-    stage = module("token_logp")
-    for name, function in (
-        ("token_logp", stage._token_logp_fwd_kernel),
-        ("token_logp merge", stage._token_logp_merge_kernel),
-    ):
-        yield Kernel(f"{name} {dtype} V={V}", function, pointers, constants, warps, block, warps * warp)
-    block, _, warps, _, evict = config.dlogits
-    function = module("dlogits")._dlogits_bwd_kernel
-    for suffix, vector in (("", 16 // size), (" unlike alignments", 1)):
-        constants = {"V": V, "BLOCK_V": block, "VECTOR": vector, "EVICT": evict}
-        yield Kernel(f"dlogits {dtype} V={V}{suffix}", function, pointers, constants, warps, block, warps * warp)
+
+    def kernel(name: str, function: Any, launch: VocabLaunch, vector: int) -> Kernel:
+        known = {"V": V, "LANES": launch.threads, "VECTOR": vector, **launch.constants}
+        constants = {name: value for name, value in known.items() if name in function.arg_names}
+        threads = launch.num_warps * TARGETS[arch].warp_size
+        return Kernel(name, function, pointers, constants, launch.num_warps, launch.BLOCK_V, threads)
+
+    forward, backward = module("token_logp"), module("dlogits")
+    wide, case = 16 // DTYPES[dtype].itemsize, f"{dtype} V={V}"
+    aligned = wide if V % wide == 0 else 1
+    yield kernel(f"token_logp {case}", forward._token_logp_fwd_kernel, config.token_logp, aligned)
+    yield kernel(f"token_logp merge {case}", forward._token_logp_merge_kernel, config.token_logp, aligned)
+    yield kernel(f"dlogits {case}", backward._dlogits_bwd_kernel, config.dlogits, wide)
+    yield kernel(f"dlogits {case} unlike alignments", backward._dlogits_bwd_kernel, config.dlogits, 1)
 
 
-def alternatives(arch: str, V: int, dtype: str) -> Iterator[tuple[dict[str, Any], Kernel]]:
-    """(what differs from the default, kernel) for other numbers of threads and bytes a thread."""
-    for threads in (128, 256, 512):
-        for forward, backward in ((32, 16), (64, 32), (128, 64)):
-            config = launch_config(V, DTYPES[dtype], arch, ROWS, threads=threads, bytes_a_thread=(forward, backward))
-            for kernel in vocabulary_kernels(arch, V, dtype, config):
-                stage, _, rest = kernel.name.partition(f" {dtype} ")
-                if rest == f"V={V}" and stage in ("token_logp", "dlogits"):
-                    size = forward if stage == "token_logp" else backward
-                    yield {"threads": threads, "bytes_a_thread": size}, kernel
+def alternatives(arch: str, V: int, dtype: str) -> Iterator[tuple[Step, Kernel]]:
+    """The steps that `sweep.py` compares."""
+    for name in STAGES:
+        for step in steps(name):
+            config = launch_config(V, DTYPES[dtype], arch, ROWS, **{name: step})
+            kernels = vocabulary_kernels(arch, V, dtype, config)
+            yield step, next(kernel for kernel in kernels if kernel.name == f"{name} {dtype} V={V}")
 
 
 def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
@@ -169,12 +166,11 @@ def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
         usage = run("cuobjdump", "-res-usage", file.name)
         sass = run("nvdisasm", "-c", file.name)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    widths = Counter(
-        operation + (width or ".32")
-        for operation, _, width in re.findall(r"\b(LDG|STG)\.E(\.\w+)*?(\.128|\.64|\.U16|\.U8)?\b", sass)
-    )
+    accesses = re.findall(r"\b(LDG|LDGSTS|STG)\.E([.\w]*)", sass)
+    widths = Counter(f"{name}.{found[1] if (found := WIDTH.search(rest)) else 32}" for name, rest in accesses)
     spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
     found = {"spills": spills, "reported": 1, "registers": registers, "widths": dict(widths)}
+    found["shared_bytes"] = compiled.metadata.shared
     bodies = loop_bodies(sass)
     if kernel.name.startswith("trajectory"):
         found["passes"] = [token_pass(body, kernel) for body in bodies if any(op.startswith("LDG") for op in body)]
@@ -184,14 +180,14 @@ def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
 
 
 def loop_bodies(sass: str) -> list[list[str]]:
-    """The operations of each innermost loop."""
+    """The instructions of each innermost loop, without their predicates."""
     lines = [re.sub(r"/\*[^*]*\*/", "", line).strip() for line in sass.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
     loops = [(labels[jump[1]] + 1, i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    operations = [[text for text in lines[a:b] if text and not text.endswith(":")] for a, b in inner]
-    return [[re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";") for text in body] for body in operations]
+    bodies = [[text for text in lines[a:b] if text and not text.endswith(":")] for a, b in inner]
+    return [[re.sub(r"^@!?U?P\w+\s+", "", text) for text in body] for body in bodies]
 
 
 def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
@@ -201,24 +197,73 @@ def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
     return {"instructions": len(body) / tokens, "float64": doubles / tokens}
 
 
+def is_load(instruction: str) -> bool:
+    """Of global memory, into registers or into shared memory (LDGDEPBAR is not one)."""
+    return bool(re.match(r"LDG(STS)?\.", instruction))
+
+
+def size_of(instruction: str) -> int:
+    """Bytes of an access."""
+    width = WIDTH.search(instruction.split()[0])
+    return {"128": 16, "64": 8, "U16": 2, "U8": 1}[width[1]] if width else 4
+
+
 def hot_loop(bodies: list[list[str]], kernel: Kernel) -> dict[str, Any]:
     """The loop that loads most: instructions a column (all; exponentials; comparisons, selections, conversions and integers),
-    bytes that a thread loads a step, and how many loads stand before the first arithmetic on floats."""
-    body = max(bodies, key=lambda body: (sum(op.startswith("LDG") for op in body), -len(body)), default=[])
+    bytes that a thread loads a step, and how many of them are under way."""
+    body = max(bodies, key=lambda body: (sum(map(is_load, body)), -len(body)), default=[])
     columns = kernel.step / kernel.threads
-    loads = [op for op in body if op.startswith("LDG")]
-    floats = [i for i, op in enumerate(body) if re.match(r"(FADD|FMUL|FFMA|FMNMX|FHADD|FADD2|DADD|DMUL|DFMA)", op)]
-    alu = re.compile(r"(FMNMX|FSETP|FSEL|LOP3|SHF|PRMT|ISETP|IADD3|VIADD|SEL|F2FP|PLOP3|LEA)")
-    width = {".128": 16, ".64": 8, ".U16": 2}
-    sizes = [next((n for suffix, n in width.items() if op.endswith(suffix)), 4) for op in loads]
-    ahead = body[: floats[0]] if floats else body
+    loads = [text for text in body if is_load(text)]
     return {
         "instructions": len(body) / columns,
-        "exponentials": sum(op.startswith("MUFU") for op in body) / columns,
-        "alu": sum(bool(alu.match(op)) for op in body) / columns,
-        "bytes": sum(sizes),
+        "exponentials": sum(text.startswith("MUFU") for text in body) / columns,
+        "alu": sum(bool(ALU.match(text)) for text in body) / columns,
         "loads": len(loads),
-        "loads_ahead": sum(op.startswith("LDG") for op in ahead),
+        "bytes": sum(map(size_of, loads)),
+        **under_way(body),
+    }
+
+
+def needs(body: list[str]) -> dict[int, tuple[int, int]]:
+    """Where each load of a loop stands, its bytes, and where these are first needed: counted on into later steps."""
+    found, steps = {}, len(body)
+    for i, text in enumerate(body):
+        if text.startswith("LDGSTS"):  # a group a step; at the barrier the newest so many may still be under way
+            groups = ((j, re.match(r"DEPBAR\.LE SB0, (\w+)", other)) for j, other in enumerate(body))
+            barrier, newest = next((j, int(group[1], 0)) for j, group in groups if group)
+            found[i] = size_of(text), barrier + steps * (newest + (i > barrier))
+        elif is_load(text):
+            first, count = int(re.search(r"\bR(\d+)", text)[1]), max(1, size_of(text) // 4)  # type: ignore[index]
+            into = {f"R{first + n}" for n in range(count)}
+            ring = range(i + 1, i + 1 + steps)
+            found[i] = size_of(text), next(j for j in ring if into & set(re.findall(r"\bR\d+\b", body[j % steps])))
+    return found
+
+
+def under_way(body: list[str]) -> dict[str, float]:
+    """A step of a loop whose thread waits for memory takes some latencies (one divided by the stages of copies that are under
+    way, two where a load waits for another), during which `under_way` bytes are on their way; and besides, the time of a part of
+    its instructions, `exposed`, in which nothing more is asked for."""
+    loads = needs(body)
+
+    def time_of_a_step(latency: float, count: int = 12) -> float:
+        """In instructions, after the first steps; `count` is a multiple of the stages that copies may have."""
+        time, arrivals, ends = 0.0, {}, []
+        for step in range(2 * count):
+            for i in range(len(body)):
+                time = max(time, arrivals.pop(step * len(body) + i, 0.0)) + 1
+                if i in loads:
+                    at = step * len(body) + loads[i][1]
+                    arrivals[at] = max(arrivals.get(at, 0.0), time + latency)
+            ends.append(time)
+        return (ends[-1] - ends[count - 1]) / count
+
+    slow = 1e3 * len(body)
+    latencies = (time_of_a_step(2 * slow) - time_of_a_step(slow)) / slow
+    total = sum(size for size, _ in loads.values())
+    return {
+        "under_way": total / latencies,
+        "exposed": (time_of_a_step(slow) - latencies * slow) / len(body),
     }
 
 
@@ -231,32 +276,33 @@ def binaries(arch: str) -> Iterator[dict[str, Any]]:
 
 def main(
     archs: Annotated[list[str] | None, typer.Argument(help="Architectures.", show_default="all")] = None,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="One JSON file instead of lines.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for one JSON file instead of lines.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
 ) -> None:
     """Compile for each architecture and describe the binaries."""
     unknown = [arch for arch in archs or () if arch not in TARGETS]
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(TARGETS)}, got {', '.join(unknown)}", param_hint="ARCHS")
-    if out and out.exists() and not overwrite:
-        raise typer.BadParameter(f"expected a new file, got {out}; give --overwrite to replace it", param_hint="--out")
+    path = out / f"binaries-{triton.__version__}.json" if out else None
+    check_files([path] if path else [], overwrite)
     chosen = archs or list(TARGETS)
-    if not out:
+    if not path:
         for arch in chosen:
             for binary in binaries(arch):
                 print(json.dumps(binary), flush=True)
         return
-    from pmpo_kernels.benchmarking.machine import provenance
-
     console = Console(stderr=True)
     found = [b for arch in track(chosen, "compiling", console=console) for b in binaries(arch)]
     target, compared = TARGETS["sm_90"], list(alternatives("sm_90", 151_936, "bf16"))
     others = [
-        {"kernel": kernel.name, **setting, **inspect(compile_kernel(kernel, target), kernel, target)}
-        for setting, kernel in track(compared, "alternatives", console=console)
+        {"kernel": kernel.name, **step._asdict(), **inspect(compile_kernel(kernel, target), kernel, target)}
+        for step, kernel in track(compared, "alternatives", console=console)
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**provenance(), "binaries": found, "alternatives": others}, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(), "binaries": found, "alternatives": others}, indent=1) + "\n")
+    print(f"Written: {path}")
 
 
 if __name__ == "__main__":

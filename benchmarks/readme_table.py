@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from roofline import H200, predict
+from roofline import H200, Prediction, predict
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -227,9 +227,18 @@ def stages(content: Content) -> str:
     return "\n".join(lines)
 
 
+def resident(found: Prediction, loop: Content) -> list[str]:
+    """Cells of what a multiprocessor has under way."""
+    kib, covered = f"{found.bytes_in_flight / 2**10:.0f}", f"{found.covered_ns:,.0f}"
+    return [f"{found.resident_threads:,}", kib, covered, f"{loop['exposed']:.0%}", f"{loop['instructions']:.1f}"]
+
+
+RESIDENT = ["threads a multiprocessor", "KiB under way", "covers ns", "exposed", "instructions a column"]
+
+
 def predictions(content: Content) -> str:
     """The binaries of the vocabulary kernels beside the floor of an H200, as its data sheet has it."""
-    header = ["kernel", "registers", "threads a multiprocessor", "KiB loading", "covers ns", "instructions a column"]
+    header = ["kernel", "registers", *RESIDENT]
     header += ["floor by bytes, ms", "by instructions", "by exponentials", "predicted, ms"]
     rows = []
     for binary in content["binaries"]:
@@ -243,16 +252,12 @@ def predictions(content: Content) -> str:
             continue
         V = int(vocab[2:])
         found = predict(binary, H200, ROWS * V, WIDTH[dtype] * (1 if stage == "token_logp" else 2))
-        cells = [f"{stage}, {dtype}, V = {V:,}", str(binary["registers"]), f"{found.resident_threads:,}"]
-        cells += [f"{found.bytes_in_flight / 2**10:.0f}", f"{found.covered_ns:,.0f}"]
-        cells += [f"{binary['loop']['instructions']:.1f}"]
+        cells = [f"{stage}, {dtype}, V = {V:,}", str(binary["registers"]), *resident(found, binary["loop"])]
         rows.append([*cells, *map(ms, (found.by_bytes, found.by_instructions, found.by_exponentials, found.ms))])
-    versions = content["versions"]
     spilled = sum(binary["spills"] for binary in content["binaries"])
     count = len(content["binaries"])
     lines = [
-        f"Predicted for an {H200.name} (not measured), {ROWS:,} rows, binaries of sm_90 by triton {versions['triton']}, "
-        f"{content['date'][:10]}:",
+        f"Predicted for an {H200.name} (not measured), {ROWS:,} rows, binaries of sm_90, {content['date'][:10]}:",
         "",
         *table(header, rows),
         "",
@@ -262,32 +267,18 @@ def predictions(content: Content) -> str:
 
 
 def settings(content: Content) -> str:
-    """The alternatives to the default launch settings, by their binaries."""
-    header = [
-        "kernel",
-        "threads",
-        "bytes a thread",
-        "registers",
-        "threads a multiprocessor",
-        "KiB loading",
-        "covers ns",
-    ]
-    header += ["instructions a column", "loads before the first use"]
-    rows = []
-    for binary in sorted(content["alternatives"], key=lambda b: (b["kernel"], b["threads"], b["bytes_a_thread"])):
+    """The steps that sweep.py compares, the default first, by their binaries."""
+    rows: list[list[str]] = []
+    for binary in content["alternatives"]:
         stage, _, vocab = binary["kernel"].split()
         found = predict(binary, H200, ROWS * int(vocab[2:]), 2 if stage == "token_logp" else 4)
-        loop, default = binary["loop"], (256, 64 if stage == "token_logp" else 32)
-        chosen = (binary["threads"], binary["bytes_a_thread"]) == default
-        cells = [
-            stage + " (chosen)" * chosen,
-            str(binary["threads"]),
-            str(binary["bytes_a_thread"]),
-            str(binary["registers"]),
-        ]
-        cells += [f"{found.resident_threads:,}", f"{found.bytes_in_flight / 2**10:.0f}", f"{found.covered_ns:,.0f}"]
-        rows.append([*cells, f"{loop['instructions']:.1f}", f"{loop['loads_ahead']} of {loop['loads']}"])
-    return "\n".join(table(header, rows))
+        ahead = ["prefetch"] if binary["prefetch"] else []
+        ahead += [f"copies in {binary['num_stages']} stages"] if binary["num_stages"] > 1 else []
+        chosen = not rows or not rows[-1][0].startswith(stage)
+        cells = [stage + " (chosen)" * chosen, f"{binary['threads']} x {binary['bytes_a_thread']} bytes"]
+        cells += [", ".join(ahead + [binary["evict"]] * bool(binary["evict"])), str(binary["registers"])]
+        rows.append([*cells, *resident(found, binary["loop"])])
+    return "\n".join(table(["kernel", "threads", "ahead", "registers", *RESIDENT], rows))
 
 
 def trajectory_passes(content: Content) -> str:
@@ -309,9 +300,13 @@ def trajectory_passes(content: Content) -> str:
 
 
 def performance() -> str:
-    """What the binaries promise, between the two markers of docs/performance.md."""
-    compiled = json.loads((RESULTS / "binaries.json").read_text())
-    return "\n\n".join([START, predictions(compiled), trajectory_passes(compiled), settings(compiled), END])
+    """What the binaries promise, between the two markers of docs/performance.md; a section for each version of Triton."""
+    parts = []
+    for path in sorted(RESULTS.glob("binaries-*.json")):
+        compiled = json.loads(path.read_text())
+        title = f"### Triton {compiled['versions']['triton']}"
+        parts += [title, predictions(compiled), trajectory_passes(compiled), settings(compiled)]
+    return "\n\n".join([START, *parts, END])
 
 
 def performance_cpu() -> str:

@@ -21,6 +21,7 @@ class Chip(NamedTuple):
     exponentials: int = 16
     registers: int = 65536
     threads: int = 2048
+    shared_bytes: int = 228 * 2**10  # of which each program takes 1 KiB more than it asks for
 
 
 H200 = Chip("H200 SXM", 132, 1.98e9, 4.8e12)
@@ -45,9 +46,10 @@ def predict(binary: dict[str, Any], chip: Chip, columns: float, bytes_a_column: 
     """A stage over `columns` = rows x V logits, from the description that `binaries.py` gives of its kernel."""
     threads, loop = binary["threads"], binary["loop"]
     registers = -(-binary["registers"] // 8) * 8 * threads  # given out in eights a thread
-    programs = min(chip.registers // registers, chip.threads // threads)
+    shared = binary["shared_bytes"] + 2**10
+    programs = min(chip.registers // registers, chip.threads // threads, chip.shared_bytes // shared)
     seconds = 1e3 * columns / chip.multiprocessors / chip.clock_hz
-    in_flight = programs * threads * loop["bytes"]
+    in_flight = round(programs * threads * loop["under_way"])
     return Prediction(
         1e3 * columns * bytes_a_column / chip.bandwidth,
         seconds * loop["instructions"] / chip.instructions,

@@ -2,17 +2,20 @@
 
 python benchmarks/sweep.py --out benchmarks/results/<machine>
 
-Threads a program, bytes a thread and step, the cache's policy; and for few rows, programs a row. Every setting is checked
-to give the bits, or within rounding the values, of the default before it is timed. Writes sweep.json.
+Threads a program, bytes a thread and step, asynchronous copies, prefetch, the cache's policy; and for few rows, programs a row.
+Every setting is checked to give the bits, or within rounding the values, of the default before it is timed, in turn with the
+default. sweep.json is renewed after every setting, the most plausible ones first, so that an interrupt loses none.
+
+TRITON_INTERPRET=1 python benchmarks/sweep.py --vocab 5000 --rows 2 --repeats 1     a rehearsal; its times say nothing
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,51 +30,74 @@ from pmpo_kernels.benchmarking.cases import Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import lap, rotating
-from pmpo_kernels.benchmarking.report import wide_console
+from pmpo_kernels.benchmarking.report import wide_console, write_json
 from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
-from pmpo_kernels.triton.launch import LaunchConfig, capability, launch_config
+from pmpo_kernels.triton.launch import DLOGITS, TOKEN_LOGP, LaunchConfig, Step, capability, launch_config
 
-STAGES = ("token_logp", "dlogits")
+STAGES = {"token_logp": 1, "dlogits": 2}  # how often each moves the logits
 WARMUP = 2
 
 
 class Setting(NamedTuple):
-    """What differs from the default; None leaves it."""
+    """What a program does at a time, and whether rows are shared by programs (None: as launch_config decides)."""
 
-    threads: int = 256
-    bytes_a_thread: int | None = None
-    evict: str = ""
+    step: Step
     shared: bool | None = None
 
     @property
     def name(self) -> str:
-        parts = [f"{self.threads} threads", f"{self.bytes_a_thread or 'default'} bytes"]
-        parts += [self.evict] * bool(self.evict)
-        parts += ["" if self.shared is None else "rows shared" if self.shared else "a program a row"]
-        return ", ".join(part for part in parts if part)
+        parts = [f"{self.step.threads} threads x {self.step.bytes_a_thread} bytes"]
+        parts += [f"copies in {self.step.num_stages} stages"] * (self.step.num_stages > 1)
+        parts += ["prefetch"] * self.step.prefetch + [self.step.evict] * bool(self.step.evict)
+        parts += [] if self.shared is None else ["rows shared" if self.shared else "a program a row"]
+        return ", ".join(parts)
 
 
-def settings(name: str) -> list[Setting]:
-    """Alternatives of a stage, the default first."""
-    sizes = (32, 64, 128) if name == "token_logp" else (16, 32, 64)
-    shapes = [Setting(threads, size) for threads in (128, 256, 512) for size in sizes]
-    return [Setting(), Setting(evict="evict_first"), *(s for s in shapes if s[:2] != (256, sizes[1]))]
+def steps(name: str) -> list[Step]:
+    """Alternatives of a stage, the default first, then what its binaries let expect most of."""
+    if name == "token_logp":
+        further = [
+            Step(128, 64),
+            Step(128, 32, num_stages=3),
+            TOKEN_LOGP._replace(evict="evict_first"),
+            Step(256, 64),
+            Step(128, 64, num_stages=2),
+            Step(256, 32, num_stages=3),
+            Step(128, 32, prefetch=True),
+            Step(128, 64, prefetch=True),
+            Step(256, 64, num_stages=3),
+            Step(128, 32, num_stages=4),
+            Step(256, 32),
+            Step(256, 128),
+            Step(512, 64),
+        ]
+        return [TOKEN_LOGP, *further]
+    further = [
+        Step(256, 16, num_stages=3),
+        Step(256, 32),
+        DLOGITS._replace(evict="evict_first"),
+        Step(128, 16, prefetch=True),
+        Step(256, 32, prefetch=True),
+        Step(256, 16, num_stages=4),
+        Step(128, 16, num_stages=3),
+        Step(256, 32, num_stages=2),
+        Step(512, 16, prefetch=True),
+        Step(256, 16),
+        Step(128, 64),
+    ]
+    return [DLOGITS, *further]
 
 
 def config_of(name: str, setting: Setting, V: int, dtype: torch.dtype, arch: str, rows: int) -> LaunchConfig:
     """`launch_config` with the setting of one stage."""
-    sizes = {"token_logp": 64, "dlogits": 32}
-    if setting.bytes_a_thread is not None:
-        sizes[name] = setting.bytes_a_thread
-    found = launch_config(
-        V, dtype, arch, rows, threads=setting.threads, bytes_a_thread=(sizes["token_logp"], sizes["dlogits"])
-    )
-    launch = getattr(found, name)._replace(evict=setting.evict)
-    if setting.shared is not None:
-        blocks = -(-V // launch.BLOCK_V)
-        launch = launch._replace(parts=blocks if setting.shared else 1)
-    return found._replace(**{name: launch})
+    given = {name: setting.step}
+    found = launch_config(V, dtype, arch, rows, **given)
+    if setting.shared is None:
+        return found
+    launch = getattr(found, name)
+    return found._replace(**{name: launch._replace(parts=-(-V // launch.BLOCK_V) if setting.shared else 1)})
 
 
 @contextmanager
@@ -102,87 +128,96 @@ def stages(rows: int, V: int, dtype: torch.dtype, device: str) -> dict[str, Call
     }
 
 
-def agrees(name: str, setting: Setting, got: Any, want: Any) -> bool:
-    """The gradient and rows shared by programs: same bits. Sums in other lanes: each result within half an eps for each of at
-    most 64 columns a step, 128 steps, and 64 for the rest."""
+def agrees(name: str, step: Step, got: Any, want: Any) -> bool:
+    """The same bits; but sums in other lanes each within half an eps for each of at most 64 columns a step, 128 steps, and 64
+    for the rest."""
     if name == "dlogits":
         return torch.equal(got, want)
-    if setting[:2] == Setting()[:2]:
+    if step[:2] == TOKEN_LOGP[:2]:
         return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     bound = torch.finfo(torch.float32).eps * 256
     return all(bool(((a - b).abs() <= bound * b.abs().clamp(min=1)).all()) for a, b in zip(got, want, strict=True))
 
 
-def compare(
-    name: str, f: Callable[[], Any], candidates: list[Setting], repeats: int, cuda: bool
-) -> dict[Setting, Spread | str]:
-    """Milliseconds of each setting, interleaved; or, for a setting that is wrong or cannot run, why there are none."""
+def compare(name: str, f: Callable[[], Any], setting: Setting, repeats: int, cuda: bool) -> tuple[Spread, Spread] | str:
+    """Milliseconds with a setting and of the default, in turn; or why there are none: it is wrong or cannot run."""
     want: Tensor | tuple[Tensor, ...] = f()
-    found: dict[Setting, Spread | str] = {}
-    for setting in candidates:
-        with launching(name, setting):
-            try:
-                found[setting] = "" if agrees(name, setting, f(), want) else "wrong result, not timed"
-            except Exception as error:
-                found[setting] = f"failed: {type(error).__name__}: {str(error)[:80]}"
+    with launching(name, setting):
+        try:
+            if not agrees(name, setting.step, f(), want):
+                return "wrong result, not timed"
+        except Exception as error:
+            return f"failed: {type(error).__name__}: {str(error)[:80]}"
     del want
-    right = {setting.name: setting for setting, problem in found.items() if problem == ""}
-    samples: dict[str, list[float]] = {key: [] for key in right}
-    for keys in rotating(list(right), WARMUP + repeats):
+    samples: dict[str, list[float]] = {"setting": [], "default": []}
+    for keys in rotating(list(samples), WARMUP + repeats):
         for key in keys:
-            with launching(name, right[key]):
+            with launching(name, setting) if key == "setting" else nullcontext():
                 samples[key].append(lap(f, cuda))
-    return found | {right[key]: Spread.of(values[WARMUP:]) for key, values in samples.items()}
+    mine, default = (Spread.of(values[WARMUP:]) for values in samples.values())
+    return mine, default
+
+
+def plan(rows: int) -> Iterator[tuple[str, int, Setting]]:
+    """(stage, rows, setting): the steps of both stages in turn, then programs a row for few rows."""
+    pairs = zip_longest(*([(name, rows, Setting(step)) for step in steps(name)] for name in STAGES))
+    yield from (planned for pair in pairs for planned in pair if planned)
+    for few in (count for count in (16, 132, 264, 528, 1056, 1, 66) if count < rows):
+        for name, default in zip(STAGES, (TOKEN_LOGP, DLOGITS), strict=True):
+            yield from ((name, few, Setting(default, shared)) for shared in (False, True))
 
 
 def main(
     vocab: Annotated[int, typer.Option(min=2, help="Vocabulary size V.")] = 151936,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the logits.")] = Dtype.bfloat16,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the logits.")] = 8192,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, all settings in each.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, the setting and the default in each.")] = 10,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for sweep.json.")] = Path("out/sweep"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results in --out.")] = False,
 ) -> None:
     """Compare launch settings for many rows, and programs a row for few."""
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("expected a GPU visible to PyTorch, got none", param_hint="sweep.py")
+    cuda = torch.cuda.is_available()
+    if not cuda and not interpreted():
+        expected = "a GPU visible to PyTorch, or TRITON_INTERPRET=1 for a rehearsal"
+        raise typer.BadParameter(f"expected {expected}, got neither", param_hint="sweep.py")
     path = out / "sweep.json"
     check_files([path], overwrite)
-    kind = getattr(torch, dtype.value)
-    arch = capability(torch.device("cuda", torch.cuda.current_device()))
-    sharing = [Setting(shared=shared) for shared in (False, True)]
-    plan = [(name, rows, settings(name)) for name in STAGES]
-    plan += [(name, few, sharing) for few in (1, 16, 66, 132, 264, 528, 1056) for name in STAGES]
-    table = Table(title=f"V = {vocab:,}, {dtype.value}, {arch}")
-    for column in ("stage", "rows", "setting", "ms (quartiles)", "GB/s by model"):
-        table.add_column(column)
-    results = []
-    for name, count, candidates in track(plan, "settings", console=Console(stderr=True)):
-        units = 1 if name == "token_logp" else 2
-        for setting, found in compare(
-            name, stages(count, vocab, kind, "cuda")[name], candidates, repeats, True
-        ).items():
-            entry: dict[str, Any] = {"stage": name, "rows": count, **setting._asdict()}
-            cells = [name, f"{count:,}", setting.name]
-            if isinstance(found, str):
-                table.add_row(*cells, found, "")
-                results.append(entry | {"problem": found})
-                continue
-            rate = 1e-6 * units * count * vocab * kind.itemsize / found.median
-            table.add_row(*cells, f"{found.median:.4g} ({found.q1:.4g}-{found.q3:.4g})", f"{rate:,.0f}")
-            results.append(entry | {"ms": asdict(found), "gigabytes_a_second": rate})
-    wide_console().print(table)
     out.mkdir(parents=True, exist_ok=True)
-    content = {
-        **provenance(),
-        "vocab": vocab,
-        "dtype": dtype.value,
-        "arch": arch,
-        "repeats": repeats,
-        "results": results,
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"Written: {path}")
+    device, kind = "cuda" if cuda else "cpu", getattr(torch, dtype.value)
+    arch = capability(torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    table = Table(title=f"V = {vocab:,}, {dtype.value}, {arch}" + ", interpreted: times say nothing" * (not cuda))
+    for column in ("stage", "rows", "setting", "ms (quartiles)", "the default's", "GB/s by model"):
+        table.add_column(column)
+    planned, results = list(plan(rows)), []
+    header = {**provenance(), "vocab": vocab, "dtype": dtype.value, "arch": arch, "repeats": repeats}
+    header |= {"interpreted": not cuda, "settings": len(planned)}
+    functions: dict[str, Callable[[], Any]] = {}
+    try:
+        for i, (name, count, setting) in enumerate(track(planned, "settings", console=Console(stderr=True))):
+            if i == 0 or count != planned[i - 1][1]:
+                functions.clear()
+                functions |= stages(count, vocab, kind, device)
+            entry: dict[str, Any] = {"stage": name, "rows": count, **setting.step._asdict(), "shared": setting.shared}
+            cells = [name, f"{count:,}", setting.name]
+            found = compare(name, functions[name], setting, repeats, cuda)
+            if isinstance(found, str):
+                table.add_row(*cells, found, "", "")
+                results.append(entry | {"problem": found})
+            else:
+                mine, default = found
+                rate = 1e-6 * STAGES[name] * count * vocab * kind.itemsize / mine.median
+                times = [f"{spread.median:.4g} ({spread.q1:.4g}-{spread.q3:.4g})" for spread in found]
+                table.add_row(*cells, *times, f"{rate:,.0f}")
+                results.append(entry | {"ms": asdict(mine), "default_ms": asdict(default), "gigabytes_a_second": rate})
+            part = path.with_suffix(".part")
+            write_json({**header, "results": results}, part)
+            part.replace(path)
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(results)} of {len(planned)} settings")
+        raise typer.Exit(130) from None
+    finally:
+        wide_console().print(table)
+        print(f"Written: {path}" if results else "Nothing written.")
 
 
 if __name__ == "__main__":

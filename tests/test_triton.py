@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import sweep
 import torch
+import typer
 from conftest import device_of
 from torch import Tensor
 
 from pmpo_kernels import reference
+from pmpo_kernels.benchmarking.cases import Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.ops import stage
-from pmpo_kernels.triton.launch import MULTIPROCESSORS, LaunchConfig, VocabLaunch, launch_config
+from pmpo_kernels.triton.launch import MULTIPROCESSORS, LaunchConfig, launch_config
 
 DEVICE = device_of("triton")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -35,15 +37,16 @@ def test_launch_config(capability: str, dtype: torch.dtype) -> None:
     for V in (2, 63, 64, 1000, 32_001, 49_152, 50_257, 128_256, 151_936, 262_144):
         few, many = (launch_config(V, dtype, capability, rows) for rows in (1, 100_000))
         for a, b in zip(few, many, strict=True):
-            assert a[:3] == b[:3]
+            assert a._replace(parts=1) == b
             assert b.parts == 1 <= a.parts <= math.ceil(V / a.BLOCK_V)
             assert math.log2(a.BLOCK_V).is_integer()
             assert 64 <= a.BLOCK_V <= 16384 // dtype.itemsize
             assert a.num_warps == max(1, a.threads // warp)
             assert a.threads <= 256
         assert few.token_logp.parts == math.ceil(V / few.token_logp.BLOCK_V)
-        enough = 2 * MULTIPROCESSORS.get(capability, 128)
-        assert launch_config(V, dtype, capability, enough).dlogits.parts == 1
+        enough = MULTIPROCESSORS.get(capability, 128)
+        for rows, stages in ((2 * enough, "token_logp"), (8 * enough, "dlogits")):
+            assert getattr(launch_config(V, dtype, capability, rows), stages).parts == 1
 
 
 def make_rows(V: int, dtype: torch.dtype, rows: int = 3) -> tuple[Tensor, Tensor]:
@@ -62,8 +65,8 @@ def force(monkeypatch: pytest.MonkeyPatch, parts: int | None) -> None:
         forward = math.ceil(V / config.token_logp.BLOCK_V)
         backward = math.ceil(V / config.dlogits.BLOCK_V)
         return LaunchConfig(
-            VocabLaunch(*config.token_logp[:3], 1 if parts == 1 else forward),
-            VocabLaunch(*config.dlogits[:3], min(parts or backward, backward)),
+            config.token_logp._replace(parts=1 if parts == 1 else forward),
+            config.dlogits._replace(parts=min(parts or backward, backward)),
         )
 
     monkeypatch.setattr(token_logp_module, "launch_config", forced)
@@ -155,20 +158,45 @@ def test_no_further_compiles_over_lengths() -> None:
 
 
 @pytest.mark.parametrize("name", ["token_logp", "dlogits"])
-def test_settings_of_the_sweep_are_right(name: str) -> None:
+def test_settings_of_the_sweep_are_right(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """benchmarks/sweep.py times nothing that is wrong; here every setting runs, is right, and is another one."""
-    candidates = [*sweep.settings(name), sweep.Setting(shared=False), sweep.Setting(shared=True)]
-    found = sweep.compare(name, sweep.stages(3, 20_003, torch.bfloat16, DEVICE)[name], candidates, 1, DEVICE == "cuda")
-    assert list(found) == candidates
-    assert all(isinstance(spread, Spread) for spread in found.values()), found
-    configs = {sweep.config_of(name, setting, 20_003, torch.bfloat16, "sm_90", 300) for setting in candidates}
-    assert len(configs) == len(candidates) - 1  # a program a row is the default
+    monkeypatch.setattr(sweep, "WARMUP", 0)
+    settings = [sweep.Setting(step) for step in sweep.steps(name)]
+    settings += [sweep.Setting(settings[0].step, shared) for shared in (False, True)]
+    f = sweep.stages(3, 20_003, torch.bfloat16, DEVICE)[name]
+    for setting in settings:
+        assert isinstance(sweep.compare(name, f, setting, 1, DEVICE == "cuda"), tuple), setting
+    configs = {sweep.config_of(name, setting, 20_003, torch.bfloat16, "sm_90", 3000) for setting in settings}
+    assert len(configs) == len(settings) - 1  # a program a row is the default
 
 
-def test_the_sweep_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_refuses_wrong_results() -> None:
     want = torch.zeros(3)
-    results = iter([(want,), (want,), (want + 1,), (want,), (want,), (want,)])
-    candidates = [sweep.Setting(), sweep.Setting(threads=128)]
-    found = sweep.compare("token_logp", lambda: next(results), candidates, 1, cuda=False)
-    assert isinstance(found[candidates[0]], Spread)
-    assert found[candidates[1]] == "wrong result, not timed"
+    results = iter([(want,), (want + 1,)])
+    setting = sweep.Setting(sweep.Step(128, 32))
+    found = sweep.compare("token_logp", lambda: next(results), setting, 1, cuda=False)
+    assert found == "wrong result, not timed"
+
+
+def test_an_interrupted_sweep_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At any moment sweep.json holds every setting that was finished."""
+    finished: list[sweep.Setting] = []
+
+    def compare(name: str, f: object, setting: sweep.Setting, *rest: object) -> tuple[Spread, Spread]:
+        if finished:
+            assert len(json.loads((tmp_path / "sweep.json").read_text())["results"]) == len(finished)
+        if len(finished) == 3:
+            raise KeyboardInterrupt
+        finished.append(setting)
+        return Spread.of([1.0]), Spread.of([2.0])
+
+    monkeypatch.setattr(sweep, "compare", compare)
+    with pytest.raises(typer.Exit) as stopped:
+        sweep.main(vocab=64, dtype=Dtype.float32, rows=2, repeats=1, out=tmp_path, overwrite=False)
+    assert stopped.value.exit_code == 130
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    assert content["interpreted"] == (DEVICE == "cpu")
+    assert [(row["stage"], row["num_stages"], row["prefetch"]) for row in content["results"]] == [
+        (name, *setting.step[2:4])
+        for name, setting in zip(("token_logp", "dlogits", "token_logp"), finished, strict=True)
+    ]

@@ -1,9 +1,10 @@
 """Both ends of the supported versions: `make versions` installs each into an environment of its own and runs tests there.
 
 lowest: the oldest Python of pyproject.toml with the lower bound of every requirement. highest: the newest Python that is
-here with the newest of everything. beside: the lowest of every requirement that installs for this Python beside this PyTorch,
-in a minute, so that `make test` has it (as it has the newest, in its own environment). What cannot be installed is reported as NOT TESTED; the exit code is 1 only for tests
-that failed.
+here with the newest of everything. gpu: what a GPU machine had lately, a PyTorch for CUDA with the Triton that it requires, for
+this Python. beside: the lowest of every requirement that installs for this Python beside this PyTorch, in two minutes, so that
+`make test` has it (as it has the newest, in its own environment). What cannot be installed is reported as NOT TESTED; the exit
+code is 1 only for tests that failed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CORE = [
     "linear",
     "cli",
 ]
-CORE += ["imports", "errors", "public_api", "security"]
+CORE += ["imports", "errors", "public_api", "security", "aot"]
 BESIDE = [
     "config",
     "stages",
@@ -48,7 +49,9 @@ BESIDE = [
     "cli",
     "triton",
     "public_api",
+    "aot",
 ]  # what uses numpy, Triton and typer most
+GPU = ["torch==2.11.0", "triton==3.6.0", "numpy"]
 SLOW = "bench_ or test_build or sweep or gradcheck"  # left out: minutes each
 REPORT = """
 import json, platform, sys
@@ -117,7 +120,7 @@ def install(end: End, python: str, folder: Path) -> Path:
     """An environment with the package, editable, so that its C++ kernels are built against that PyTorch."""
     source = unpack_sdist(folder)
     required = message_from_string((source / "PKG-INFO").read_text()).get_all("Requires-Dist", [])
-    wanted = lower_bounds(required) if end.name == "lowest" else ["torch", "triton", "numpy"]
+    wanted = {"lowest": lower_bounds(required), "highest": ["torch", "triton", "numpy"], "gpu": GPU}[end.name]
     run(python, "-m", "venv", folder / "venv")
     own = folder / "venv" / "bin" / "python"
     run(own, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
@@ -214,9 +217,10 @@ def newest() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """`versions.py [lowest] [highest] [beside]`, the first two where none is named."""
-    find = {"lowest": lambda: interpreter(OLDEST), "highest": newest, "beside": lambda: sys.executable}
-    ends = [End(name) for name in arguments or ("lowest", "highest")]
+    """`versions.py [lowest] [highest] [gpu] [beside]`, the first three where none is named."""
+    here = sys.executable
+    find = {"lowest": lambda: interpreter(OLDEST), "highest": newest, "gpu": lambda: here, "beside": lambda: here}
+    ends = [End(name) for name in arguments or ("lowest", "highest", "gpu")]
     for end in ends:
         check(end, find[end.name]())
     print()

@@ -48,7 +48,7 @@ def _dlogits_bwd_kernel(
     T: tl.int64, S: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, stride_out_b: tl.int64,
     stride_out_t: tl.int64, first_element: tl.int64, has_mask: tl.int32, has_dlogp: tl.int32, has_dentropy: tl.int32,
     parts: tl.int32, temperature: tl.float64, V: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
-    EVICT: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     position, part = (program // parts).to(tl.int64), program % parts
@@ -95,11 +95,19 @@ def _dlogits_bwd_kernel(
         slope = -dentropy * inv_sum
         constant = -target / row_sum + slope * (tl.load(entropy_ptr + row) - tl.log(row_sum))
         slope = slope * _LN2
-        for block in range(first, last):
+        end = tl.minimum(last * BLOCK_V, body)
+        if PREFETCH:
+            offs = first * BLOCK_V + cols
+            ahead = tl.load(logits_body_ptr + offs, mask=offs < end, eviction_policy=EVICT)
+        for block in tl.range(first, last, num_stages=STAGES):
             offs = block * BLOCK_V + cols
-            z = tl.load(logits_body_ptr + offs, mask=offs < body, eviction_policy=EVICT)
+            if PREFETCH:
+                z, following = ahead, offs + BLOCK_V
+                ahead = tl.load(logits_body_ptr + following, mask=following < end, eviction_policy=EVICT)
+            else:
+                z = tl.load(logits_body_ptr + offs, mask=offs < end, eviction_policy=EVICT)
             grad = _gradient(z, head + offs, token_id, row_max, scale, constant, slope, target)
-            tl.store(out_body_ptr + offs, grad.to(out_ptr.dtype.element_ty), mask=offs < body, eviction_policy=EVICT)
+            tl.store(out_body_ptr + offs, grad.to(out_ptr.dtype.element_ty), mask=offs < end, eviction_policy=EVICT)
         if part == 0:
             edge, exists = _edge_columns(head, body, V, VECTOR)
             z = tl.load(logits_row_ptr + edge, mask=exists)
@@ -145,6 +153,6 @@ def dlogits(
             logits, out, token_ids, mask, row_max.contiguous(), row_sum.contiguous(), entropy.contiguous(), dlogp, dentropy,
             token_ids.shape[1], S, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), first_element,
             has_mask, has_dlogp, has_dentropy, launch.parts, temperature,
-            V=V, BLOCK_V=launch.BLOCK_V, VECTOR=wide, EVICT=launch.evict, num_warps=launch.num_warps, **OPTIONS,
+            V=V, VECTOR=wide, **launch.constants, num_warps=launch.num_warps, **OPTIONS,
         )  # fmt: skip
     return out

@@ -22,15 +22,35 @@ BLOCK_TOKENS = 1024
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}
 
 
+class Step(NamedTuple):
+    """What a program does at a time, free to choose: `threads`, bytes that each of them loads, and what is under way meanwhile:
+    `num_stages` of asynchronous copies (1: none), or the next step's loads into registers (`prefetch`). `evict` is the cache's
+    policy for logits and gradient ("" is the default one). Results depend on the first two alone, those of `dlogits` on none."""
+
+    threads: int
+    bytes_a_thread: int
+    num_stages: int = 1
+    prefetch: bool = False
+    evict: str = ""
+
+
 class VocabLaunch(NamedTuple):
-    """One kernel over (rows, V): `BLOCK_V` columns a step by `threads` in `num_warps`, `parts` programs a row, `evict` the
-    cache's policy for logits and gradient ("" is the default one)."""
+    """One kernel over (rows, V): `BLOCK_V` columns a step by `threads` in `num_warps`, `parts` programs a row; the rest as in
+    `Step`."""
 
     BLOCK_V: int
     threads: int
     num_warps: int
     parts: int
+    num_stages: int = 1
+    prefetch: bool = False
     evict: str = ""
+
+    @property
+    def constants(self) -> dict[str, int | bool | str]:
+        """What a kernel is compiled for besides V, dtype and where rows begin."""
+        names = ("BLOCK_V", "STAGES", "PREFETCH", "EVICT")
+        return dict(zip(names, (self.BLOCK_V, self.num_stages, self.prefetch, self.evict), strict=True))
 
 
 class LaunchConfig(NamedTuple):
@@ -40,41 +60,43 @@ class LaunchConfig(NamedTuple):
     dlogits: VocabLaunch
 
 
+# bfloat16 on sm_90, triton 3.6 / 3.9; KiB: under way on a multiprocessor where its threads wait for memory.
+# token_logp: 160 / 96 KiB at 10.4 / 10.8 instructions a column, never less than half of that; without copies 72 / 48 KiB, and
+# none while a thread computes, at 9.4 / 9.8; with 256 threads 64 / 48 KiB. 64 bytes share the work on a lane's sums among 32
+# columns: with 32 bytes 11.8 / 12.3 instructions.
+# dlogits: 32 KiB at 12.4 / 13.0 instructions, all but 16 / 19 % of them with the next loads under way: 32 registers hold no more.
+# Copies in 3 stages: 64 KiB, never less than 32, at 15.1 / 16.6. 32 bytes and no prefetch: 32 / 64 KiB, none while it computes.
+TOKEN_LOGP = Step(128, 64, num_stages=3)
+DLOGITS = Step(256, 16, prefetch=True)
+ENOUGH = 2**15  # bytes a multiprocessor under way: at an H200's 36 bytes a ns they cover 0.9 us of latency
+
+
 def launch_config(
-    V: int,
-    dtype: torch.dtype,
-    capability: str,
-    rows: int,
-    *,
-    threads: int = 256,
-    bytes_a_thread: tuple[int, int] = (64, 32),
+    V: int, dtype: torch.dtype, capability: str, rows: int, *, token_logp: Step = TOKEN_LOGP, dlogits: Step = DLOGITS
 ) -> LaunchConfig:
     """Settings for logits (rows, V) on an architecture such as "sm_90" or "gfx942"; pure, needs no GPU.
 
     Of these only `parts` depends on the number of rows, and it changes no bit: `token_logp` merges block by block in one
-    order however many programs share a row, and the columns of `dlogits` do not depend on each other. `threads` a program
-    and what each loads a step, in bytes (token_logp, dlogits), can be given to compare. None of the defaults has been timed
-    (benchmarks/results/PENDING.md): their reasons are figures of the binaries, in docs/performance.md.
+    order however many programs share a row, and the columns of `dlogits` do not depend on each other. The steps can be given
+    to compare. None of the defaults has been timed (benchmarks/results/PENDING.md): their reasons are figures of the binaries,
+    in docs/performance.md.
     """
     warp = 64 if capability.startswith("gfx") else 32
 
-    # token_logp, 64 bytes: four 16-byte loads under way, and the work on a lane's sums spread over 32 bfloat16 columns (9.8
-    # instructions each; 10.4 with 32 bytes; 9.5 with 128, but 128 registers, so that 512 threads are resident instead of
-    # 768). dlogits, 32 bytes: 32 registers, so that 2,048 threads are resident; with 64 the compiler no longer starts every
-    # load before the first use.
-    def launch(size: int) -> tuple[int, int, int]:
-        most = threads * size // dtype.itemsize
+    def launch(step: Step) -> VocabLaunch:
+        most = step.threads * step.bytes_a_thread // dtype.itemsize
         block = min(max(triton.next_power_of_2(V), 64), most)
-        return block, threads * block // most, max(1, threads * block // most // warp)
+        threads = step.threads * block // most
+        # programs whose loads are enough; with fewer rows than that, several share one
+        program = step.threads * step.bytes_a_thread * max(step.num_stages - 1, 1)
+        wanted = MULTIPROCESSORS.get(capability, 128) * triton.cdiv(ENOUGH, program)
+        parts = min(triton.cdiv(wanted, max(rows, 1)), triton.cdiv(V, block))
+        return VocabLaunch(block, threads, max(1, threads // warp), parts, *step[2:])
 
-    forward, backward = (launch(size) for size in bytes_a_thread)
-    # Two programs of 256 threads with 64 bytes each under way are 32 KiB a multiprocessor, which at an H200's 36 bytes a ns
-    # and multiprocessor covers 0.9 us of latency; with fewer rows than that, several programs share a row.
-    wanted = 2 * MULTIPROCESSORS.get(capability, 128)
-    many = rows >= wanted
-    split = 1 if many else triton.cdiv(V, forward[0])
-    parts = 1 if many else min(triton.cdiv(wanted, max(rows, 1)), triton.cdiv(V, backward[0]))
-    return LaunchConfig(VocabLaunch(*forward, split), VocabLaunch(*backward, parts))
+    forward, backward = launch(token_logp), launch(dlogits)
+    if forward.parts > 1:  # each block a program
+        forward = forward._replace(parts=triton.cdiv(V, forward.BLOCK_V))
+    return LaunchConfig(forward, backward)
 
 
 @functools.cache

@@ -109,7 +109,7 @@ def _token_logp_fwd_kernel(
     logits_ptr, token_ids_ptr, mask_ptr, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, lanes_ptr,
     T: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, has_mask: tl.int32, parts: tl.int32,
     temperature: tl.float64, V: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    EVICT: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, part = (program // parts).to(tl.int64), program % parts
@@ -127,9 +127,17 @@ def _token_logp_fwd_kernel(
         last = tl.where(parts == 1, BLOCKS, part + 1)
         m, s, u = _no_lanes(LANES, dtype)
         cols = tl.arange(0, BLOCK_V)
-        for block in range(first, tl.minimum(last, FULL)):
-            z = tl.load(logits_row_ptr + block * BLOCK_V + cols, eviction_policy=EVICT).to(dtype)
-            block_m, block_s, block_u = _block_sums(z, scale, STEPS, LANES, VECTOR)
+        full = tl.minimum(last, FULL)
+        if PREFETCH:
+            left = (full - first) * BLOCK_V
+            ahead = tl.load(logits_row_ptr + first * BLOCK_V + cols, mask=cols < left, eviction_policy=EVICT)
+        for block in tl.range(first, full, num_stages=STAGES):
+            if PREFETCH:
+                z, left = ahead, (full - block - 1) * BLOCK_V
+                ahead = tl.load(logits_row_ptr + (block + 1) * BLOCK_V + cols, mask=cols < left, eviction_policy=EVICT)
+            else:
+                z = tl.load(logits_row_ptr + block * BLOCK_V + cols, eviction_policy=EVICT)
+            block_m, block_s, block_u = _block_sums(z.to(dtype), scale, STEPS, LANES, VECTOR)
             m, s, u = _merge(m, s, u, block_m, block_s, block_u, scale)
         if last > FULL:
             tail = FULL * BLOCK_V + cols
@@ -151,8 +159,7 @@ def _token_logp_fwd_kernel(
 def _token_logp_merge_kernel(
     logits_ptr, token_ids_ptr, mask_ptr, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, lanes_ptr,
     T: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, has_mask: tl.int32, parts: tl.int32,
-    temperature: tl.float64, V: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    EVICT: tl.constexpr,
+    temperature: tl.float64, V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The blocks of a row that were programs of their own, merged as one program would have merged them."""
     row = tl.program_id(0).to(tl.int64)
@@ -194,9 +201,9 @@ def token_logp(
         logits, token_ids, mask, *results, scratch, token_ids.shape[1],
         logits.stride(0), logits.stride(1), has_mask, launch.parts, temperature,
     )  # fmt: skip
-    constants = {"V": V, "BLOCK_V": launch.BLOCK_V, "LANES": launch.threads, "VECTOR": wide, "EVICT": launch.evict}
+    common = {"V": V, "LANES": launch.threads, "VECTOR": wide, "num_warps": launch.num_warps, **OPTIONS}
     with on_device(logits):
-        _token_logp_fwd_kernel[(rows * launch.parts,)](*arguments, **constants, num_warps=launch.num_warps, **OPTIONS)
+        _token_logp_fwd_kernel[(rows * launch.parts,)](*arguments, **launch.constants, **common)
         if launch.parts > 1:
-            _token_logp_merge_kernel[(rows,)](*arguments, **constants, num_warps=launch.num_warps, **OPTIONS)
+            _token_logp_merge_kernel[(rows,)](*arguments, **common)
     return logp, row_max, row_sum, entropy
