@@ -30,7 +30,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pmpo_kernels.reference import STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, launch_config
+from pmpo_kernels.triton.launch import (
+    BLOCK_THREADS,
+    BLOCK_TOKENS,
+    OPTIONS,
+    POWER_THREADS,
+    STEP_TOKENS,
+    LaunchConfig,
+    launch_config,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +49,7 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 CASES = ((151_936, "bf16"), (151_936, "fp32"), (50_257, "bf16"), (50_257, "fp32"), (151_936, "fp16"), (151_936, "fp64"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS, TRAJECTORY_WARPS = 8192, 8
+ROWS = 8192
 SMALL = (
     "logp",
     "row_max",
@@ -86,10 +94,17 @@ def kernels(arch: str) -> Iterator[Kernel]:
     for dtype in ("fp32", "fp64"):
         pointers = SHARED | {f"{name}_ptr": f"*{dtype}" for name in (*SMALL, "advantages")}
         pointers |= {f"{name}_ptr": "*fp64" for name in ("power", "target_ess", "dlogp", "dentropy")}
-        constants = {"BLOCK": BLOCK_TOKENS, "NUM_STATS": len(STATS)}
-        function = module("trajectory")._trajectory_fwd_kernel
-        threads = TRAJECTORY_WARPS * TARGETS[arch].warp_size
-        yield Kernel(f"trajectory {dtype}", function, pointers, constants, TRAJECTORY_WARPS, BLOCK_TOKENS, threads)
+        pointers |= {f"{name}_ptr": "*fp64" for name in ("l", "sums", "scales")}
+        constants = {"BLOCK": BLOCK_TOKENS, "STEP": STEP_TOKENS, "NUM_STATS": len(STATS)}
+        for part, threads, step in (
+            ("sums", BLOCK_THREADS, BLOCK_TOKENS),
+            ("power", POWER_THREADS, STEP_TOKENS),
+            ("gradient", BLOCK_THREADS, BLOCK_TOKENS),
+        ):
+            function = getattr(module("trajectory"), f"_trajectory_{part}_kernel")
+            used = {name: constants[name] for name in constants if name in function.arg_names}
+            warps = threads // TARGETS[arch].warp_size
+            yield Kernel(f"trajectory {part} {dtype}", function, pointers, used, warps, step, threads)
 
 
 def vocabulary_kernels(arch: str, V: int, dtype: str, config: LaunchConfig) -> Iterator[Kernel]:
