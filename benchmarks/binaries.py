@@ -183,27 +183,34 @@ def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
     )
     spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
     found = {"spills": spills, "reported": 1, "registers": registers, "widths": dict(widths)}
-    bodies = loop_bodies(sass)
+    bodies, around = loop_bodies(sass)
     if kernel.name.startswith("trajectory"):
+        found["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))
         found["passes"] = [token_pass(body, kernel) for body in bodies if any(op.startswith("LDG") for op in body)]
+        found["newton"] = max(map(len, around), default=0)
     else:
         found["loop"] = hot_loop(bodies, kernel)
     return found
 
 
-def loop_bodies(sass: str) -> list[list[str]]:
-    """The operations of each innermost loop."""
+def loop_bodies(sass: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The operations of each innermost loop, and of each loop around others."""
     lines = [re.sub(r"/\*[^*]*\*/", "", line).strip() for line in sass.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
     loops = [(labels[jump[1]] + 1, i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    operations = [[text for text in lines[a:b] if text and not text.endswith(":")] for a, b in inner]
-    return [[re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";") for text in body] for body in operations]
+
+
+    def operations(loop: tuple[int, int]) -> list[str]:
+        texts = [text for text in lines[slice(*loop)] if text and not text.endswith(":")]
+        return [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";") for text in texts]
+
+    return [operations(loop) for loop in inner], [operations(loop) for loop in loops if loop not in inner]
 
 
 def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
-    """One pass of the trajectory kernel: instructions a token, and of these float64."""
+    """One loop of a trajectory kernel: instructions a token, or for each step, and of these float64."""
     tokens = kernel.step / kernel.threads
     doubles = sum(bool(re.match(r"D(ADD|MUL|FMA|SETP)", op)) for op in body)
     return {"instructions": len(body) / tokens, "float64": doubles / tokens}

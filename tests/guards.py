@@ -29,7 +29,9 @@ WRITES = {
     "_token_logp_fwd_kernel": (*ROW_RESULTS, "lanes_ptr"),
     "_token_logp_merge_kernel": ROW_RESULTS,
     "_dlogits_bwd_kernel": ("out_ptr",),
-    "_trajectory_fwd_kernel": ("dlogp_ptr", "dentropy_ptr", "stats_ptr"),
+    "_trajectory_sums_kernel": ("l_ptr", "sums_ptr"),
+    "_trajectory_power_kernel": ("scales_ptr", "stats_ptr"),
+    "_trajectory_gradient_kernel": ("dlogp_ptr", "dentropy_ptr"),
     "token_logp.cpp": (),
     "trajectory.cpp": (),
     "dlogits.cpp": (),
@@ -37,7 +39,7 @@ WRITES = {
     "solve_power.cpp": (),
 }
 """Arguments that each kernel writes; C++ operators allocate their results themselves. All else is only read."""
-UPDATES = {"dlogits_.cpp": ("logits",)}
+UPDATES = {"dlogits_.cpp": ("logits",), "_trajectory_gradient_kernel": ("dlogp_ptr",)}
 """Those among them that it reads too, of one argument."""
 
 

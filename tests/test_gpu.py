@@ -91,9 +91,14 @@ def test_no_further_compiles_over_lengths() -> None:
     """As `test_triton.py::test_no_further_compiles_over_lengths`, counted in Triton's own caches."""
     from pmpo_kernels.triton.dlogits import _dlogits_bwd_kernel
     from pmpo_kernels.triton.token_logp import _token_logp_fwd_kernel, _token_logp_merge_kernel
-    from pmpo_kernels.triton.trajectory import _trajectory_fwd_kernel
+    from pmpo_kernels.triton.trajectory import (
+        _trajectory_gradient_kernel,
+        _trajectory_power_kernel,
+        _trajectory_sums_kernel,
+    )
 
-    kernels = (_token_logp_fwd_kernel, _token_logp_merge_kernel, _trajectory_fwd_kernel, _dlogits_bwd_kernel)
+    trajectory = (_trajectory_sums_kernel, _trajectory_power_kernel, _trajectory_gradient_kernel)
+    kernels = (_token_logp_fwd_kernel, _token_logp_merge_kernel, *trajectory, _dlogits_bwd_kernel)
 
     def compiled() -> list[int]:
         return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]

@@ -141,7 +141,7 @@ def test_vocabularies_of_real_models(V: int, dtype: torch.dtype) -> None:
 
 def test_no_further_compiles_over_lengths() -> None:
     """Four vocabularies, 50 shapes (B, T), presets, temperatures, optional inputs there or not, slices of any alignment:
-    one variant of each kernel a vocabulary, one of the trajectory kernel in all; `dlogits` has another one where rows of logits
+    one variant of each kernel a vocabulary, one of each trajectory kernel in all; `dlogits` has another one where rows of logits
     and gradient lie unlike to 16-byte boundaries, as slices do if V is odd."""
     program = Path(__file__).with_name("launches.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -150,7 +150,8 @@ def test_no_further_compiles_over_lengths() -> None:
     found = json.loads(done.stdout)
     assert found["all"] == found["first"]
     assert found["all"] == {
-        "_dlogits_bwd_kernel": 6, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_trajectory_fwd_kernel": 1,
+        "_dlogits_bwd_kernel": 6, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2,
+        "_trajectory_sums_kernel": 1, "_trajectory_power_kernel": 1, "_trajectory_gradient_kernel": 1,
     }  # fmt: skip
 
 
