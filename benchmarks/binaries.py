@@ -34,7 +34,17 @@ from triton.compiler import ASTSource
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.cli.bench import check_files
 from pmpo_kernels.config import STATS
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, LaunchConfig, Step, VocabLaunch, launch_config
+from pmpo_kernels.triton.launch import (
+    BLOCK_THREADS,
+    BLOCK_TOKENS,
+    OPTIONS,
+    POWER_THREADS,
+    STEP_TOKENS,
+    LaunchConfig,
+    Step,
+    VocabLaunch,
+    launch_config,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,7 +57,7 @@ CASES = ((151_936, "bf16"), (151_936, "fp32"), (50_257, "bf16"), (50_257, "fp32"
 WIDTH = re.compile(r"\.(128|64|U16|U8)\b")  # of an access, 32 bits if it names none
 ALU = re.compile(r"(FMNMX|FSETP|FSEL|LOP3|SHF|PRMT|ISETP|IADD3|VIADD|SEL|F2FP|PLOP3|LEA)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROWS, TRAJECTORY_WARPS = 8192, 8
+ROWS = 8192
 SMALL = (
     "logp",
     "row_max",
@@ -99,10 +109,25 @@ def kernels(arch: str) -> Iterator[Kernel]:
     for dtype in ("fp32", "fp64"):
         pointers = SHARED | {f"{name}_ptr": f"*{dtype}" for name in (*SMALL, "advantages")}
         pointers |= {f"{name}_ptr": "*fp64" for name in ("power", "target_ess", "dlogp", "dentropy")}
-        constants = {"BLOCK": BLOCK_TOKENS, "NUM_STATS": len(STATS)}
-        function = module("trajectory")._trajectory_fwd_kernel
-        threads = TRAJECTORY_WARPS * TARGETS[arch].warp_size
-        yield Kernel(f"trajectory {dtype}", function, pointers, constants, TRAJECTORY_WARPS, BLOCK_TOKENS, threads)
+        pointers |= {f"{name}_ptr": "*fp64" for name in ("l", "sums", "scales")}
+        constants = {"BLOCK": BLOCK_TOKENS, "STEP": STEP_TOKENS, "NUM_STATS": len(STATS)}
+        for part, threads, step in (
+            ("sums", BLOCK_THREADS, BLOCK_TOKENS),
+            ("power", POWER_THREADS, STEP_TOKENS),
+            ("gradient", BLOCK_THREADS, BLOCK_TOKENS),
+        ):
+            function = getattr(module("trajectory"), f"_trajectory_{part}_kernel")
+            used = {name: constants[name] for name in constants if name in function.arg_names}
+            warps = threads // TARGETS[arch].warp_size
+            yield Kernel(f"trajectory {part} {dtype}", function, pointers, used, warps, step, threads)
+        aggregate = module("aggregate")
+        pointers = {f"{name}_ptr": "*fp64" for name in ("stats", "denominator", "largest", "divisor", "clip_fraction")}
+        pointers |= {"skipped_ptr": "*u8", "loss_ptr": f"*{dtype}", "metrics_ptr": f"*{dtype}"}
+        step, warps = aggregate.BLOCK_TRAJECTORIES, aggregate.NUM_WARPS
+        threads = warps * TARGETS[arch].warp_size
+        yield Kernel(
+            f"aggregate {dtype}", aggregate._aggregate_fwd_kernel, pointers, {"BLOCK": step}, warps, step, threads
+        )
 
 
 def vocabulary_kernels(arch: str, V: int, dtype: str, config: LaunchConfig) -> Iterator[Kernel]:
@@ -171,27 +196,33 @@ def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
     spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
     found = {"spills": spills, "reported": 1, "registers": registers, "widths": dict(widths)}
     found["shared_bytes"] = compiled.metadata.shared
-    bodies = loop_bodies(sass)
-    if kernel.name.startswith("trajectory"):
+    bodies, around = loop_bodies(sass)
+    if kernel.name.startswith(("trajectory", "aggregate")):
+        found["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M))
         found["passes"] = [token_pass(body, kernel) for body in bodies if any(op.startswith("LDG") for op in body)]
+        found["newton"] = max(map(len, around), default=0)
     else:
         found["loop"] = hot_loop(bodies, kernel)
     return found
 
 
-def loop_bodies(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop, without their predicates."""
+def loop_bodies(sass: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The instructions of each innermost loop, without their predicates, and of each loop around others."""
     lines = [re.sub(r"/\*[^*]*\*/", "", line).strip() for line in sass.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
     loops = [(labels[jump[1]] + 1, i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    bodies = [[text for text in lines[a:b] if text and not text.endswith(":")] for a, b in inner]
-    return [[re.sub(r"^@!?U?P\w+\s+", "", text) for text in body] for body in bodies]
+
+    def instructions(loop: tuple[int, int]) -> list[str]:
+        texts = [text for text in lines[slice(*loop)] if text and not text.endswith(":")]
+        return [re.sub(r"^@!?U?P\w+\s+", "", text) for text in texts]
+
+    return [instructions(loop) for loop in inner], [instructions(loop) for loop in loops if loop not in inner]
 
 
 def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
-    """One pass of the trajectory kernel: instructions a token, and of these float64."""
+    """One loop of a kernel over tokens or trajectories: instructions for each, or for each step, and of these float64."""
     tokens = kernel.step / kernel.threads
     doubles = sum(bool(re.match(r"D(ADD|MUL|FMA|SETP)", op)) for op in body)
     return {"instructions": len(body) / tokens, "float64": doubles / tokens}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from roofline import H200, Prediction, predict
+from roofline import H200, Prediction, predict, trajectory_chain
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -282,20 +282,27 @@ def settings(content: Content) -> str:
 
 
 def trajectory_passes(content: Content) -> str:
-    """Instructions a token of the passes of the trajectory kernel on sm_90."""
-    (binary,) = (b for b in content["binaries"] if b["arch"] == "sm_90" and b["kernel"] == "trajectory fp32")
-    # in the binary's order; a pass at one p has a loop for weights far from 1 and one for weights near 1
-    sums, figures, variance, _, most, _, _, _, newton, _, last, gradient = (p["instructions"] for p in binary["passes"])
+    """The kernels of the trajectory stage on sm_90, and their longest chain."""
+    parts = {
+        b["kernel"].split()[1]: b
+        for b in content["binaries"]
+        if b["arch"] == "sm_90" and b["kernel"].startswith("trajectory") and b["kernel"].endswith("fp32")
+    }
     tokens, steps, V = 4096, 3, 151_936
-    total = sums + figures + variance + most + steps * newton + last + gradient
-    alone = 1e3 * tokens * total / H200.instructions / H200.clock_hz
-    step = 1e3 * 3 * 2 * tokens * V * 2 / H200.bandwidth
+    chain = trajectory_chain(parts, H200, tokens, steps, ROWS // tokens)
+    power = parts["power"]
+    near, far = (f(p["instructions"] for p in power["passes"][-3:-1]) for f in (min, max))
+    registers = ", ".join(f"{part} {binary['registers']}" for part, binary in parts.items())
+    step = 1e3 * 3 * ROWS * V * 2 / H200.bandwidth
     return (
-        f"The trajectory kernel has {binary['registers']} registers and {binary['threads']} threads a trajectory. Instructions "
-        f"a token: {sums:.0f} for log weights and counts, {figures:.0f} for the metrics, {newton:.0f} a Newton step, "
-        f"{gradient:.0f} for the gradient. A trajectory of {tokens:,} tokens with {steps} Newton steps takes at least "
-        f"{alone:.3f} ms on its multiprocessor, {alone / step:.1%} of the {step:.2f} ms that a step on two of them takes by its "
-        f"bytes (bfloat16, V = {V:,}); latencies, which a single program hides badly, come on top."
+        f"The trajectory stage is three kernels; their registers: {registers}. `sums` and `gradient` take a block of "
+        f"{parts['sums']['columns']} tokens a program, `power` a trajectory with {power['threads']} threads, and {near:.0f} "
+        f"instructions a token in a pass at one p where weights are near 1 ({far:.0f} elsewhere). The longest chain of a "
+        f"trajectory of {tokens:,} tokens with {steps} Newton steps is at most {chain.instructions:,.0f} instructions of a thread, "
+        f"every branch counted as taken: {chain.sums:,.0f} for the sums of a block, {chain.power:,.0f} for p, "
+        f"{chain.gradient:,.0f} for the gradient of a block. To issue them takes {chain.issue_ms:.3f} ms, "
+        f"{chain.issue_ms / step:.1%} of the {step:.2f} ms that a step on {ROWS // tokens} such trajectories takes by its bytes "
+        f"(bfloat16, V = {V:,}); latencies come on top."
     )
 
 

@@ -7,6 +7,7 @@ on a multiprocessor at full bandwidth would cover (Little's law).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -58,3 +59,44 @@ def predict(binary: dict[str, Any], chip: Chip, columns: float, bytes_a_column: 
         in_flight,
         1e9 * in_flight * chip.multiprocessors / chip.bandwidth,
     )
+
+
+class Chain(NamedTuple):
+    """Instructions of a thread in each kernel of the trajectory stage, one after the other, and what they take to issue."""
+
+    sums: float
+    power: float
+    gradient: float
+    issue_ms: float
+
+    @property
+    def instructions(self) -> float:
+        return self.sums + self.power + self.gradient
+
+
+def trajectory_chain(
+    binaries: dict[str, dict[str, Any]], chip: Chip, tokens: int, steps: int, trajectories: int
+) -> Chain:
+    """The longest chain of one adaptive trajectory of so many tokens, with so many Newton steps, from the descriptions of the
+    kernels `sums`, `power` and `gradient`; an upper bound, for it counts every branch as taken.
+
+    Every instruction is counted once, and a loop's again for each further turn.
+    """
+    found = {}
+    for part in ("sums", "gradient"):
+        binary = binaries[part]
+        (bisection,) = binary["passes"]
+        turns = math.ceil(math.log2(max(trajectories, 2)))
+        found[part] = (
+            binary["instructions"] + (turns - 1) * bisection["instructions"] * binary["columns"] / binary["threads"]
+        )
+    binary = binaries["power"]
+    # in the binary's order; a pass at one p has a loop for weights near 1 and one for others, which is longer
+    _, variance, *pairs, _ = (loop["instructions"] for loop in binary["passes"])
+    most, _, newton, last = (min(pairs[i : i + 2]) for i in range(0, 8, 2))
+    further = (tokens - binary["columns"]) / binary["threads"]  # tokens of a thread after the first step
+    power = (
+        binary["instructions"] + further * (variance + most + steps * newton + last) + (steps - 1) * binary["newton"]
+    )
+    issued = sum(count * binaries[part]["threads"] for part, count in (*found.items(), ("power", power)))
+    return Chain(found["sums"], power, found["gradient"], 1e3 * issued / chip.instructions / chip.clock_hz)

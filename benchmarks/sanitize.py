@@ -105,7 +105,7 @@ def more_positions(batch: Batch) -> None:
 
 
 def long_trajectories(batch: Batch) -> None:
-    """One token more than a block of the trajectory kernel, between two short trajectories, from log-probs."""
+    """One token more than some blocks, and a step, of the trajectory kernels, between two short trajectories, from log-probs."""
     N = 1025 + 4
     logp, old_logp, ref_logp, entropy = torch.linspace(-1, 1, 4 * N, device=batch.logits.device).view(4, N)
     leaves = [x.clone().requires_grad_() for x in (logp, entropy)]

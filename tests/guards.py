@@ -29,7 +29,9 @@ WRITES = {
     "_token_logp_fwd_kernel": (*ROW_RESULTS, "lanes_ptr"),
     "_token_logp_merge_kernel": ROW_RESULTS,
     "_dlogits_bwd_kernel": ("out_ptr",),
-    "_trajectory_fwd_kernel": ("dlogp_ptr", "dentropy_ptr", "stats_ptr"),
+    "_trajectory_sums_kernel": ("l_ptr", "sums_ptr"),
+    "_trajectory_power_kernel": ("scales_ptr", "stats_ptr"),
+    "_trajectory_gradient_kernel": ("dlogp_ptr", "dentropy_ptr"),
     "_aggregate_fwd_kernel": ("loss_ptr", "divisor_ptr", "metrics_ptr", "clip_fraction_ptr"),
     "_scale_bwd_kernel": ("gradient_ptr",),
     "token_logp.cpp": (),
@@ -40,7 +42,11 @@ WRITES = {
     "solve_power.cpp": (),
 }
 """Arguments that each kernel writes; C++ operators allocate their results themselves. All else is only read."""
-UPDATES = {"dlogits_.cpp": ("logits",), "_scale_bwd_kernel": ("gradient_ptr",)}
+UPDATES = {
+    "dlogits_.cpp": ("logits",),
+    "_trajectory_gradient_kernel": ("dlogp_ptr",),
+    "_scale_bwd_kernel": ("gradient_ptr",),
+}
 """Those among them that it reads too, of one argument."""
 
 

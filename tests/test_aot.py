@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from roofline import H200, predict
+from roofline import H200, predict, trajectory_chain
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
-# six of (V, dtype), each token_logp, its merge, and dlogits with like and unlike alignments; trajectory in two dtypes, scale in three
-COMBINATIONS = 6 * 4 + 2 + 3
+# six of (V, dtype), each token_logp, its merge, and dlogits with like and unlike alignments; trajectory, three kernels in two
+# dtypes; aggregate in two, scale in three
+COMBINATIONS = 6 * 4 + 3 * 2 + 2 + 3
 WIDE, NARROW = "V=151936", "V=50257"
 
 
@@ -114,3 +115,13 @@ def test_instructions_and_exponentials_a_column(arch: str) -> None:
         size = 4 if "fp32" in binary["kernel"] else 2
         assert binary["loop"]["instructions"] < 7.0 * units * size, binary
         assert 1 <= binary["loop"]["exponentials"] < min(1.25, 0.87 * units * size), binary
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_the_trajectory_stage_does_not_grow_with_its_tokens(arch: str) -> None:
+    """Two kernels without a loop but the search for their block, and one that issues a trajectory of 4,096 tokens, with the others,
+    in 3 % of the time of its step's bytes at V = 151,936: two reads and a write of bfloat16 logits of 8,192 tokens on an H200."""
+    parts = {b["kernel"].split()[1]: b for b in binaries(arch) if re.match(r"trajectory \w+ fp32", b["kernel"])}
+    assert [len(parts[name]["passes"]) for name in ("sums", "gradient")] == [1, 1]
+    step_ms = 1e3 * 3 * 8192 * 151_936 * 2 / H200.bandwidth
+    assert trajectory_chain(parts, H200, 4096, 3, 2).issue_ms <= 0.03 * step_ms

@@ -93,10 +93,15 @@ def test_no_further_compiles_over_lengths() -> None:
     from pmpo_kernels.triton.aggregate import _aggregate_fwd_kernel
     from pmpo_kernels.triton.dlogits import _dlogits_bwd_kernel
     from pmpo_kernels.triton.token_logp import _token_logp_fwd_kernel, _token_logp_merge_kernel
-    from pmpo_kernels.triton.trajectory import _trajectory_fwd_kernel
+    from pmpo_kernels.triton.trajectory import (
+        _trajectory_gradient_kernel,
+        _trajectory_power_kernel,
+        _trajectory_sums_kernel,
+    )
 
+    trajectory = (_trajectory_sums_kernel, _trajectory_power_kernel, _trajectory_gradient_kernel)
     kernels = (
-        _token_logp_fwd_kernel, _token_logp_merge_kernel, _trajectory_fwd_kernel, _aggregate_fwd_kernel, _dlogits_bwd_kernel
+        _token_logp_fwd_kernel, _token_logp_merge_kernel, *trajectory, _aggregate_fwd_kernel, _dlogits_bwd_kernel
     )  # fmt: skip
 
     def compiled() -> list[int]:

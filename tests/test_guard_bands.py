@@ -34,6 +34,7 @@ from pmpo_kernels import (
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
 from pmpo_kernels.reference import ELSEWHERE
+from pmpo_kernels.triton.launch import BLOCK_TOKENS, STEP_TOKENS
 from pmpo_kernels.verification import Case, make_case
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU compute-sanitizer watches: benchmarks/sanitize.py")
@@ -56,11 +57,13 @@ def impl(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def kernel_of(stage_name: str, impl: str) -> str:
+def kernels_of(stage_name: str, impl: str) -> set[str]:
     if impl == "cpp":
-        return f"{stage_name}.cpp"
+        return {f"{stage_name}.cpp"}
+    if stage_name == "trajectory":
+        return {f"_trajectory_{part}_kernel" for part in ("sums", "power", "gradient")}
     direction = "bwd" if stage_name.startswith(("dlogits", "scale")) else "fwd"
-    return f"_{stage_name.removesuffix('_')}_{direction}_kernel"
+    return {f"_{stage_name.removesuffix('_')}_{direction}_kernel"}
 
 
 def check(impl: str, stages: tuple[str, ...], call: Callable[[], list[Tensor]], *more: str) -> None:
@@ -69,7 +72,7 @@ def check(impl: str, stages: tuple[str, ...], call: Callable[[], list[Tensor]], 
     for pattern in PATTERNS:
         with guarded(pattern, LAUNCHER) as guard:
             results.append(call())
-        assert guard.kernels == {kernel_of(name, impl) for name in stages} | set(more)
+        assert guard.kernels == set().union(*(kernels_of(name, impl) for name in stages), more)
         assert guard.elements > 0 or impl == "cpp"
     want = call()  # last: a kernel that is wrong is stopped before
     for pattern, got in zip(PATTERNS, results, strict=True):
@@ -190,9 +193,9 @@ def test_packed_rows(impl: str, inplace: bool) -> None:
     check(impl, ("token_logp", "trajectory", "aggregate", last), call)
 
 
-@pytest.mark.parametrize("length", [1023, 1024, 1025])
+@pytest.mark.parametrize("length", [BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 1, STEP_TOKENS + 1])
 def test_long_trajectories(impl: str, length: int) -> None:
-    """A block of tokens less one, whole, and one more, with a short trajectory on either side."""
+    """A block of tokens less one, whole, and one more, several, with a short trajectory on either side."""
     device, N = device_of(impl), length + 4
     random = torch.Generator().manual_seed(0)
     logp, old_logp, ref_logp, entropy = (torch.randn(4, N, generator=random) / 4).to(device)
@@ -293,10 +296,18 @@ def test_ids_that_nobody_checked(V: int) -> None:
     check("triton", ("token_logp", "dlogits"), call, *merge)
 
 
-@pytest.mark.parametrize("offsets", [[0, 9, 6], [-5, 3, 99], [2**40, -(2**40), 6], [4, 2, 1]], ids=str)
-def test_offsets_that_nobody_checked(offsets: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("N", "offsets"),
+    [
+        (6, [0, 9, 6]), (6, [-5, 3, 99]), (6, [2**40, -(2**40), 6]), (6, [4, 2, 1]), (6, [-9, -8, -7]),
+        (3 * BLOCK_TOKENS + 5, [2 * BLOCK_TOKENS, 2**40, 7]), (3 * BLOCK_TOKENS + 5, [-1, BLOCK_TOKENS + 9, -1]),
+        (3 * BLOCK_TOKENS + 5, [700, 0, 900]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_offsets_that_nobody_checked(N: int, offsets: list[int]) -> None:
     """On a GPU offsets are not checked, called directly neither: nothing is read or written outside of the tokens."""
-    logp = torch.linspace(-1, 1, 6, device=DEVICE)
+    logp = torch.linspace(-1, 1, N, device=DEVICE)
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False)
     for pattern in PATTERNS:
         with guarded(pattern, LAUNCHER) as guard:
@@ -304,7 +315,7 @@ def test_offsets_that_nobody_checked(offsets: list[int]) -> None:
                 logp, -logp, torch.ones(2, device=DEVICE), None, torch.tensor(offsets, device=DEVICE), *[None] * 6,
                 options,
             )  # fmt: skip
-        assert guard.kernels == {"_trajectory_fwd_kernel"}
+        assert guard.kernels == kernels_of("trajectory", "triton")
 
 
 def test_what_compute_sanitizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +366,7 @@ WRONG = {
 def test_errors_are_found(monkeypatch: pytest.MonkeyPatch, name: str, watched: bool) -> None:
     """By the watch, and without it by bands and bits."""
     monkeypatch.setitem(WRITES, "_copy_kernel", ("out_ptr", "scratch_ptr"))
-    monkeypatch.setattr("test_guard_bands.kernel_of", lambda *_: "_copy_kernel")
+    monkeypatch.setattr("test_guard_bands.kernels_of", lambda *_: {"_copy_kernel"})
     if not watched:
         monkeypatch.setattr(Guard, "watch", lambda guard, *_: setattr(guard, "elements", 1))
     check("triton", ("copy",), copy)

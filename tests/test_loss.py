@@ -114,7 +114,7 @@ def test_from_logp_equals_from_logits(name: str, impl: str, device: str) -> None
 
 
 def test_long_trajectory_is_looped_over(impl: str, device: str) -> None:
-    """More tokens than one block of the trajectory kernel, from log-probs; packed behind another trajectory."""
+    """More tokens than one block or step of the trajectory kernels, from log-probs; packed behind another trajectory."""
     torch.manual_seed(0)
     N, A = 2500, torch.tensor([0.5, -1.0], dtype=torch.float64, device=device)
     old = -torch.rand(N, dtype=torch.float64, device=device)

@@ -144,8 +144,8 @@ def test_vocabularies_of_real_models(V: int, dtype: torch.dtype) -> None:
 
 def test_no_further_compiles_over_lengths() -> None:
     """Four vocabularies, 50 shapes (B, T), presets, temperatures, optional inputs there or not, slices of any alignment:
-    one variant of each kernel a vocabulary, one of the trajectory kernel and of `aggregate` in all; `dlogits` has another one where rows of logits
-    and gradient lie unlike to 16-byte boundaries, as slices do if V is odd."""
+    one variant of each kernel a vocabulary, one of each trajectory kernel and of `aggregate` in all; `dlogits` has another one
+    where rows of logits and gradient lie unlike to 16-byte boundaries, as slices do if V is odd."""
     program = Path(__file__).with_name("launches.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=600)
@@ -153,7 +153,8 @@ def test_no_further_compiles_over_lengths() -> None:
     found = json.loads(done.stdout)
     assert found["all"] == found["first"]
     assert found["all"] == {
-        "_dlogits_bwd_kernel": 6, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_trajectory_fwd_kernel": 1, "_aggregate_fwd_kernel": 1,
+        "_dlogits_bwd_kernel": 6, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_aggregate_fwd_kernel": 1,
+        "_trajectory_sums_kernel": 1, "_trajectory_power_kernel": 1, "_trajectory_gradient_kernel": 1,
     }  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from pmpo_kernels.aggregate import METRICS, Aggregation
 from pmpo_kernels.config import STATS
 from pmpo_kernels.triton.launch import OPTIONS, on_device, optional, optional_mask, scalar
+from pmpo_kernels.triton.tokens import given
 
-BLOCK_TRAJECTORIES = 256
+BLOCK_TRAJECTORIES, NUM_WARPS = 256, 4
 # Rows of the statistics, `STATS` in its order.
 (_TOKENS, _WEIGHT, _POLICY_LOSS, _KL, _ENTROPY, _POWER, _ESS, _ESS_TARGET, _CLIPPED_LOW, _CLIPPED_HIGH, _RATIO_SUM, _RATIO_MAX,
  _APPROX_KL) = map(tl.constexpr, range(len(STATS)))  # fmt: skip
@@ -55,7 +56,7 @@ def _aggregate_fwd_kernel(
         power, largest_ratio = _load(_POWER, stats_ptr, offs, B), _load(_RATIO_MAX, stats_ptr, offs, B)
         low, high = _load(_CLIPPED_LOW, stats_ptr, offs, B), _load(_CLIPPED_HIGH, stats_ptr, offs, B)
         some = tokens > 0
-        skipped = tl.load(skipped_ptr + offs, mask=(offs < B).to(tl.int32) * has_skipped != 0, other=0) != 0
+        skipped = tl.load(skipped_ptr + offs, mask=given(offs < B, has_skipped), other=0) != 0
         known = some & (skipped == 0)
         n = tl.maximum(tokens, 1.0)
         tl.store(clip_fraction_ptr + offs, (low + high) / n, mask=offs < B)
@@ -129,6 +130,6 @@ def aggregate(
     with on_device(stats):
         _aggregate_fwd_kernel[(1,)](
             stats, denominator, largest, skipped, loss, divisor, metrics, clip_fraction, B, has_denominator, has_largest,
-            has_skipped, **options._asdict(), BLOCK=BLOCK_TRAJECTORIES, num_warps=4, **OPTIONS,
+            has_skipped, **options._asdict(), BLOCK=BLOCK_TRAJECTORIES, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     return loss, divisor, metrics, clip_fraction

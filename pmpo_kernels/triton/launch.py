@@ -15,8 +15,11 @@ from torch import Tensor
 # multiply, so fusing cannot tear a row's sums, target and gradient apart.
 OPTIONS = {"enable_fp_fusion": True}
 
-# Trajectory tokens a step: fixed, so that a trajectory's sums have the same order in every batch.
-BLOCK_TOKENS = 1024
+# The trajectory stage: tokens of a block, which a program of the passes over tokens has, and tokens a step of the program that
+# chooses p; threads of either. All fixed, so that a trajectory's sums have one order whatever stands beside it. Blocks are small
+# because a batch of few tokens shall reach many multiprocessors; 512 threads leave 128 registers each, which p just fits.
+BLOCK_TOKENS, BLOCK_THREADS = 256, 256
+STEP_TOKENS, POWER_THREADS = 1024, 512
 
 # Multiprocessors of the largest product of each architecture.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}

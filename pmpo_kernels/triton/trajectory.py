@@ -1,8 +1,12 @@
-"""Stage `trajectory`: clip, statistics, p, loss and per-token gradient, one program a trajectory, all in float64.
+"""Stage `trajectory`: clip, statistics, p, loss and per-token gradient, in three kernels, all in float64.
 
-The order and the names are those of `reference`. A trajectory is looped over in blocks; the first pass leaves its log
-weights l where the last one writes the gradient, so the passes between (for p, and one for each Newton step) read 8 bytes
-a token and compute one exponential.
+The order and the names are those of `reference`. A trajectory is cut into blocks of BLOCK_TOKENS tokens from its own start.
+`sums` and `gradient` take a block a program, `power` a trajectory a program: it adds the sums of the blocks in their order
+and chooses p, from the log weights l that `sums` has left where `gradient` writes. So a trajectory's bits depend on
+nothing that stands beside it.
+
+The lengths are on the device alone: the block j of trajectory i has slot `first_slot` + j, and a program for each slot finds
+its block by bisection.
 """
 
 from __future__ import annotations
@@ -13,198 +17,180 @@ import triton.language as tl
 from torch import Tensor
 
 from pmpo_kernels.config import FIXED, STATS, TARGET, TrajectoryOptions
-from pmpo_kernels.triton.launch import BLOCK_TOKENS, OPTIONS, on_device, optional_like, optional_mask, scalar
+from pmpo_kernels.triton.launch import (
+    BLOCK_THREADS,
+    BLOCK_TOKENS,
+    OPTIONS,
+    POWER_THREADS,
+    STEP_TOKENS,
+    on_device,
+    optional_like,
+    optional_mask,
+    scalar,
+)
 from pmpo_kernels.triton.power_mean import centred, choose_power, expm1, moments
+from pmpo_kernels.triton.tokens import (
+    block_of,
+    bounds_of,
+    clip_log_ratio,
+    first_slot,
+    given,
+    kl_penalty,
+    log_ratio,
+    reference_log_ratio,
+)
 
 _FIXED = tl.constexpr(FIXED)
 _TARGET = tl.constexpr(TARGET)
 _INF = tl.constexpr(float("inf"))
-# Slices of a batch are aligned or not: no variant of the kernel for each.
-_POINTERS = ["logp_ptr", "old_logp_ptr", "advantages_ptr", "mask_ptr", "cu_seqlens_ptr", "ref_logp_ptr",
-             "rollout_weights_ptr", "entropy_ptr", "power_ptr", "target_ess_ptr", "policy_mask_ptr"]  # fmt: skip
-_RUN_TIME = [
-    "B",
-    "N",
-    "has_old_logp",
-    "has_mask",
-    "has_ref_logp",
-    "has_rollout_weights",
-    "has_entropy",
-    "has_power",
-    "has_policy_mask",
-]
+# Rows of the kernels' scratch: sums over a block (or the least, the largest), and what the gradient needs of a trajectory.
+SUMS = ("tokens", "counted", "zeros", "low", "high", "l", "l_min", "l_max", "ratio", "ratio_max", "approx_kl", "kl",
+        "entropy")  # fmt: skip
+SCALES = ("power", "mean", "log_scale", "policy_scale", "kl_scale", "entropy_scale")
+_SUMS, _SCALES = tl.constexpr(len(SUMS)), tl.constexpr(len(SCALES))
+_PARTIALS = tl.constexpr(32)  # blocks added a step: one a lane, without a word between warps
+# Slices of a batch are aligned or not, lengths are what they are, inputs are there or not: no variant of a kernel for each.
+_ANY = {
+    "do_not_specialize_on_alignment": [
+        "logp_ptr", "old_logp_ptr", "advantages_ptr", "mask_ptr", "cu_seqlens_ptr", "ref_logp_ptr", "rollout_weights_ptr",
+        "entropy_ptr", "power_ptr", "target_ess_ptr", "policy_mask_ptr",
+    ],
+    "do_not_specialize": [
+        "B", "N", "has_old_logp", "has_mask", "has_ref_logp", "has_rollout_weights", "has_entropy", "has_power",
+        "has_policy_mask", "has_dentropy",
+    ],
+}  # fmt: skip
+
+
+@triton.jit(**_ANY)
+def _trajectory_sums_kernel(
+    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, cu_seqlens_ptr, ref_logp_ptr, rollout_weights_ptr, entropy_ptr,
+    policy_mask_ptr, l_ptr, sums_ptr,
+    B: tl.int64, N: tl.int64,
+    has_old_logp: tl.int32, has_mask: tl.int32, has_ref_logp: tl.int32, has_rollout_weights: tl.int32,
+    has_entropy: tl.int32, has_policy_mask: tl.int32,
+    token_low: tl.float64, token_high: tl.float64, token_dual: tl.float64, token_under: tl.float64,
+    kl_order: tl.float64, kl_slope_order: tl.float64, kl_weighted: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens: l of each, -inf where it has no weight, and the sums over them."""
+    slot = tl.program_id(0).to(tl.int64)
+    i, first, stop = block_of(slot, cu_seqlens_ptr, B, N, BLOCK)
+    if first >= stop:
+        return
+    A = tl.load(advantages_ptr + i).to(tl.float64)
+    tokens = (logp_ptr, old_logp_ptr, mask_ptr, policy_mask_ptr, has_old_logp, has_mask, has_policy_mask)
+    bounds = (scalar(token_low), scalar(token_high), scalar(token_dual), scalar(token_under))
+    offs = first + tl.arange(0, BLOCK)
+    d, l, valid, counts, below, above = log_ratio(offs, stop, A, tokens, bounds)
+    if has_rollout_weights != 0:
+        l += tl.log(tl.load(rollout_weights_ptr + offs, mask=valid, other=1.0).to(tl.float64))
+    alive = counts & (l != -_INF)
+    tl.store(l_ptr + offs, tl.where(alive, l, -_INF), mask=offs < stop)
+
+    exp_d = tl.exp(d)
+    kl = tl.zeros((BLOCK,), tl.float64)
+    if has_ref_logp != 0:
+        r = reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr)
+        estimator = (scalar(kl_order), scalar(kl_slope_order), scalar(kl_weighted))
+        kl = tl.where(valid, kl_penalty(r, d, estimator)[0], 0.0)
+    entropy = tl.load(entropy_ptr + offs, mask=given(valid, has_entropy), other=0.0).to(tl.float64)
+    sums = (
+        tl.sum(valid.to(tl.int32), axis=0).to(tl.float64),
+        tl.sum(counts.to(tl.int32), axis=0).to(tl.float64),
+        tl.sum((counts & (l == -_INF)).to(tl.int32), axis=0).to(tl.float64),
+        tl.sum(below.to(tl.int32), axis=0).to(tl.float64),
+        tl.sum(above.to(tl.int32), axis=0).to(tl.float64),
+        tl.sum(tl.where(alive, l, 0.0), axis=0),
+        tl.min(tl.where(alive & (l < _INF), l, _INF), axis=0),
+        tl.max(tl.where(alive & (l > -_INF), l, -_INF), axis=0),
+        tl.sum(tl.where(valid, exp_d, 0.0), axis=0),
+        tl.max(tl.where(valid & (exp_d >= 0), exp_d, 0.0), axis=0),
+        tl.sum(tl.where(valid, expm1(d, exp_d) - d, 0.0), axis=0),
+        tl.sum(kl, axis=0),
+        tl.sum(entropy, axis=0),
+    )
+    for k in tl.static_range(_SUMS):
+        tl.store(sums_ptr + k * tl.num_programs(0).to(tl.int64) + slot, sums[k])
 
 
 @triton.jit
-def _clip_log_ratio(d, advantage, low, high, dual, under):
-    floor = tl.where(advantage < 0, -low, tl.where(advantage > 0, -under, -_INF))
-    ceiling = tl.where(advantage > 0, high, tl.where(advantage < 0, dual, _INF))
-    below = d < floor
-    above = d > ceiling
-    return tl.where(above, ceiling, tl.where(below, floor, d)), below, above
+def _row(k, offs, blocks, slots, sums_ptr, other):
+    """Row k of `SUMS` of some blocks."""
+    return tl.load(sums_ptr + k * slots + offs, mask=offs < blocks, other=other)
 
 
 @triton.jit
-def _given(valid, has):
-    """`valid` where an optional input is there. (The interpreter changes the type of a scalar bool that it broadcasts.)"""
-    return valid.to(tl.int32) * has != 0
-
-
-@triton.jit
-def _log_ratio(offs, stop, advantage, tokens, bounds):
-    """(log-ratio d, the same clipped, response token, token of the policy term, of these clipped below, clipped above) of one
-    block of tokens."""
-    logp_ptr, old_logp_ptr, mask_ptr, policy_mask_ptr, has_old_logp, has_mask, has_policy_mask = tokens
-    low, high, dual, under = bounds
-    valid = offs < stop
-    valid = valid & (tl.load(mask_ptr + offs, mask=_given(valid, has_mask), other=1) != 0)
-    logp = tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
-    old_logp = tl.load(old_logp_ptr + offs, mask=_given(valid, has_old_logp), other=0.0).to(tl.float64)
-    on_policy = tl.where(logp == -_INF, 0.0, logp - logp)
-    d = tl.where(has_old_logp != 0, logp - old_logp, on_policy)
-    clipped, below, above = _clip_log_ratio(d, advantage, low, high, dual, under)
-    counts = valid & (tl.load(policy_mask_ptr + offs, mask=_given(valid, has_policy_mask), other=1) != 0)
-    return d, clipped, valid, counts, counts & below, counts & above
-
-
-@triton.jit
-def _reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr):
-    """r = ref_logp - logp."""
-    ref_logp = tl.load(ref_logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
-    return ref_logp - tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _kl_penalty(r, d, estimator):
-    """Estimators k1, k2, k3 of the KL and their derivative in logp, perhaps that of another; with `weighted` times exp(d)."""
-    order, slope_order, weighted = estimator
-    e = expm1(r, tl.exp(r))
-    value = tl.where(order == 1, -r, tl.where(order == 2, r * r / 2, e - r))
-    slope = tl.where(slope_order == 1, 1.0, tl.where(slope_order == 2, -r, -e))
-    ratio = tl.where(weighted != 0, tl.exp(d), 1.0)
-    return ratio * value, ratio * tl.where(weighted != 0, slope + value, slope)
-
-
-@triton.jit
-def _token_sums(
-    start, stop, advantage, tokens, bounds, rollout_weights_ptr, has_rollout_weights, l_ptr, BLOCK: tl.constexpr
-):
-    """First pass: counts, sum and range of l, and l of each token, -inf where it has no weight."""
-    n = tl.zeros((BLOCK,), tl.int32)
-    counted = tl.zeros((BLOCK,), tl.int32)
-    zeros = tl.zeros((BLOCK,), tl.int32)
-    low = tl.zeros((BLOCK,), tl.int32)
-    high = tl.zeros((BLOCK,), tl.int32)
-    sum_l = tl.zeros((BLOCK,), tl.float64)
-    l_min = tl.full((BLOCK,), _INF, tl.float64)
-    l_max = tl.full((BLOCK,), -_INF, tl.float64)
-    for first in range(start, stop, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        _, l, valid, counts, below, above = _log_ratio(offs, stop, advantage, tokens, bounds)
-        if has_rollout_weights != 0:
-            l += tl.log(tl.load(rollout_weights_ptr + offs, mask=valid, other=1.0).to(tl.float64))
-        alive = counts & (l != -_INF)
-        tl.store(l_ptr + offs, tl.where(alive, l, -_INF), mask=offs < stop)
-        n += valid.to(tl.int32)
-        counted += counts.to(tl.int32)
-        zeros += (counts & (l == -_INF)).to(tl.int32)
-        low += below.to(tl.int32)
-        high += above.to(tl.int32)
-        sum_l += tl.where(alive, l, 0.0)
-        l_min = tl.where(alive & (l < l_min), l, l_min)
-        l_max = tl.where(alive & (l > l_max), l, l_max)
+def _add_weights(blocks, slots, sums_ptr):
+    """(tokens of the policy term, those of weight 0, clipped ones, sum, least and largest l) of one trajectory."""
+    counted = tl.zeros((_PARTIALS,), tl.float64)
+    zeros = tl.zeros((_PARTIALS,), tl.float64)
+    clipped = tl.zeros((_PARTIALS,), tl.float64)
+    sum_l = tl.zeros((_PARTIALS,), tl.float64)
+    l_min = tl.full((_PARTIALS,), _INF, tl.float64)
+    l_max = tl.full((_PARTIALS,), -_INF, tl.float64)
+    for first in range(0, blocks, _PARTIALS):
+        offs = first + tl.arange(0, _PARTIALS)
+        counted += _row(1, offs, blocks, slots, sums_ptr, 0.0)
+        zeros += _row(2, offs, blocks, slots, sums_ptr, 0.0)
+        clipped += _row(3, offs, blocks, slots, sums_ptr, 0.0) + _row(4, offs, blocks, slots, sums_ptr, 0.0)
+        sum_l += _row(5, offs, blocks, slots, sums_ptr, 0.0)
+        l_min = tl.minimum(l_min, _row(6, offs, blocks, slots, sums_ptr, _INF))
+        l_max = tl.maximum(l_max, _row(7, offs, blocks, slots, sums_ptr, -_INF))
     return (
-        tl.sum(n, axis=0).to(tl.float64), tl.sum(counted, axis=0).to(tl.float64),
-        tl.sum(zeros, axis=0).to(tl.float64), tl.sum(low, axis=0).to(tl.float64),
-        tl.sum(high, axis=0).to(tl.float64), tl.sum(sum_l, axis=0), tl.min(l_min, axis=0), tl.max(l_max, axis=0),
+        tl.sum(counted, axis=0), tl.sum(zeros, axis=0), tl.sum(clipped, axis=0), tl.sum(sum_l, axis=0),
+        tl.min(l_min, axis=0), tl.max(l_max, axis=0),
     )  # fmt: skip
 
 
 @triton.jit
-def _metric_sums(start, stop, advantage, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK: tl.constexpr):
-    """The sums over tokens that only metrics and the further terms of the loss need."""
-    ratio_sum = tl.zeros((BLOCK,), tl.float64)
-    ratio_max = tl.zeros((BLOCK,), tl.float64)
-    approx_kl = tl.zeros((BLOCK,), tl.float64)
-    kl = tl.zeros((BLOCK,), tl.float64)
-    entropy = tl.zeros((BLOCK,), tl.float64)
-    ref_logp_ptr, has_ref_logp, estimator = ref
-    for first in range(start, stop, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        d, _, valid, _, _, _ = _log_ratio(offs, stop, advantage, tokens, bounds)
-        exp_d = tl.exp(d)
-        ratio = tl.where(valid, exp_d, 0.0)
-        ratio_sum += ratio
-        ratio_max = tl.where(ratio <= ratio_max, ratio_max, ratio)
-        approx_kl += tl.where(valid, expm1(d, exp_d) - d, 0.0)
-        if has_ref_logp != 0:
-            r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr)
-            kl += tl.where(valid, _kl_penalty(r, d, estimator)[0], 0.0)
-        entropy += tl.load(entropy_ptr + offs, mask=_given(valid, has_entropy), other=0.0).to(tl.float64)
-    total, largest = tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0)
+def _add_metrics(blocks, slots, sums_ptr):
+    """(tokens, clipped below, clipped above, KL, entropy, ratio, largest ratio, approx_kl) of one trajectory: not needed for p."""
+    n = tl.zeros((_PARTIALS,), tl.float64)
+    low = tl.zeros((_PARTIALS,), tl.float64)
+    high = tl.zeros((_PARTIALS,), tl.float64)
+    ratio = tl.zeros((_PARTIALS,), tl.float64)
+    ratio_max = tl.zeros((_PARTIALS,), tl.float64)
+    approx_kl = tl.zeros((_PARTIALS,), tl.float64)
+    kl = tl.zeros((_PARTIALS,), tl.float64)
+    entropy = tl.zeros((_PARTIALS,), tl.float64)
+    for first in range(0, blocks, _PARTIALS):
+        offs = first + tl.arange(0, _PARTIALS)
+        n += _row(0, offs, blocks, slots, sums_ptr, 0.0)
+        low += _row(3, offs, blocks, slots, sums_ptr, 0.0)
+        high += _row(4, offs, blocks, slots, sums_ptr, 0.0)
+        ratio += _row(8, offs, blocks, slots, sums_ptr, 0.0)
+        ratio_max = tl.maximum(ratio_max, _row(9, offs, blocks, slots, sums_ptr, 0.0))
+        approx_kl += _row(10, offs, blocks, slots, sums_ptr, 0.0)
+        kl += _row(11, offs, blocks, slots, sums_ptr, 0.0)
+        entropy += _row(12, offs, blocks, slots, sums_ptr, 0.0)
+    total, largest = tl.sum(ratio, axis=0), tl.max(ratio_max, axis=0)
     largest = tl.where(total == total, largest, total)  # a maximum passes over NaN
-    return total, largest, tl.sum(approx_kl, axis=0), tl.sum(kl, axis=0), tl.sum(entropy, axis=0)
+    return (
+        tl.sum(n, axis=0), tl.sum(low, axis=0), tl.sum(high, axis=0), tl.sum(kl, axis=0), tl.sum(entropy, axis=0), total,
+        largest, tl.sum(approx_kl, axis=0),
+    )  # fmt: skip
 
 
-@triton.jit
-def _write_gradient(
-    start, stop, advantage, tokens, bounds, ref, p, mean, log_scale, policy_scale, kl_scale,
-    entropy_scale, has_dentropy, dlogp_ptr, dentropy_ptr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Last pass: -w A M_p W_t on unclipped tokens, in place of l; the KL term's gradient, and that of the entropy."""
-    ref_logp_ptr, has_ref_logp, estimator = ref
-    for first in range(start, stop, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        d, _, valid, _, below, above = _log_ratio(offs, stop, advantage, tokens, bounds)
-        x, alive = centred(first, stop, mean, dlogp_ptr, BLOCK)
-        flows = alive & (below == 0) & (above == 0)
-        dlogp = tl.where(flows, policy_scale * tl.exp(tl.where(flows, log_scale + p * x, 0.0)), 0.0)
-        dlogp = tl.where(policy_scale == 0, 0.0, dlogp)
-        if (has_ref_logp != 0) & (kl_scale != 0):
-            r = _reference_log_ratio(offs, valid, tokens[0], ref_logp_ptr)
-            dlogp += tl.where(valid, kl_scale * _kl_penalty(r, d, estimator)[1], 0.0)
-        tl.store(dlogp_ptr + offs, dlogp, mask=offs < stop)
-        if has_dentropy:
-            tl.store(dentropy_ptr + offs, tl.where(valid, entropy_scale, 0.0), mask=offs < stop)
-
-
-@triton.jit(do_not_specialize_on_alignment=_POINTERS, do_not_specialize=_RUN_TIME)
-def _trajectory_fwd_kernel(
-    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, cu_seqlens_ptr, ref_logp_ptr, rollout_weights_ptr, entropy_ptr,
-    power_ptr, target_ess_ptr, policy_mask_ptr, dlogp_ptr, dentropy_ptr, stats_ptr,
-    B: tl.int64, N: tl.int64,
-    has_old_logp: tl.int32, has_mask: tl.int32, has_ref_logp: tl.int32, has_rollout_weights: tl.int32,
-    has_entropy: tl.int32, has_power: tl.int32, has_policy_mask: tl.int32,
+@triton.jit(**_ANY)
+def _trajectory_power_kernel(
+    advantages_ptr, cu_seqlens_ptr, power_ptr, target_ess_ptr, l_ptr, sums_ptr, scales_ptr, stats_ptr,
+    B: tl.int64, N: tl.int64, has_power: tl.int32,
     rule: tl.float64, power: tl.float64, power_min: tl.float64, power_max: tl.float64, full_clip_fraction: tl.float64,
-    ess_sharpness: tl.float64, ess_floor: tl.float64, token_low: tl.float64, token_high: tl.float64,
-    token_dual: tl.float64, token_under: tl.float64, sequence_low: tl.float64, sequence_high: tl.float64,
-    sequence_dual: tl.float64, sequence_under: tl.float64, by_length: tl.float64, length_norm: tl.float64, beta: tl.float64,
-    kl_order: tl.float64, kl_slope_order: tl.float64, kl_weighted: tl.float64, entropy_coef: tl.float64,
-    BLOCK: tl.constexpr, NUM_STATS: tl.constexpr,
+    ess_sharpness: tl.float64, ess_floor: tl.float64, sequence_low: tl.float64, sequence_high: tl.float64,
+    sequence_dual: tl.float64, sequence_under: tl.float64, by_length: tl.float64, length_norm: tl.float64,
+    beta: tl.float64, entropy_coef: tl.float64,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, NUM_STATS: tl.constexpr,
 ):  # fmt: skip
+    """One trajectory: its sums, p, loss and statistics, and the numbers that the gradient of its tokens needs."""
     i = tl.program_id(0).to(tl.int64)
-    start = tl.maximum(tl.load(cu_seqlens_ptr + i).to(tl.int64), 0)
-    stop = tl.minimum(tl.load(cu_seqlens_ptr + i + 1).to(tl.int64), N)
-    A = tl.load(advantages_ptr + i).to(tl.float64)
-    tokens = (logp_ptr, old_logp_ptr, mask_ptr, policy_mask_ptr, has_old_logp, has_mask, has_policy_mask)
-    bounds = (scalar(token_low), scalar(token_high), scalar(token_dual), scalar(token_under))
+    start, stop = bounds_of(i, cu_seqlens_ptr, N)
+    blocks, slots = (stop - start + BLOCK - 1) // BLOCK, N // BLOCK + B
+    sums_ptr += first_slot(i, start, BLOCK)
     ess_rule = (scalar(rule), scalar(power_min), scalar(power_max), scalar(full_clip_fraction), scalar(ess_sharpness),
                 scalar(ess_floor))  # fmt: skip
-    ref = (ref_logp_ptr, has_ref_logp, (scalar(kl_order), scalar(kl_slope_order), scalar(kl_weighted)))
-    by_length, length_norm, power = scalar(by_length), scalar(length_norm), scalar(power)
-    beta, entropy_coef = scalar(beta), scalar(entropy_coef)
 
-    count, counted, zeros, low, high, sum_l, l_min, l_max = _token_sums(
-        start, stop, A, tokens, bounds, rollout_weights_ptr, has_rollout_weights, dlogp_ptr, BLOCK
-    )
-    ratio_sum, ratio_max, approx_kl, kl, entropy = _metric_sums(
-        start, stop, A, tokens, bounds, ref, entropy_ptr, has_entropy, BLOCK
-    )
-    tl.debug_barrier()  # what one thread has stored of l, another may load
-    some = count > 0
-    n = tl.maximum(count, 1.0)
+    counted, zeros, clipped, sum_l, l_min, l_max = _add_weights(blocks, slots, sums_ptr)
     k = tl.maximum(counted, 1.0)
-    share = counted / n
     alive = counted - zeros
     has_zero = zeros > 0
     mean = sum_l / tl.maximum(alive, 1.0)
@@ -212,30 +198,35 @@ def _trajectory_fwd_kernel(
     x_max = tl.where(alive > 0, l_max - mean, 0.0)
 
     p = tl.load(power_ptr + i, mask=has_power != 0, other=0.0).to(tl.float64)
-    p = tl.where(has_power != 0, p, power)
+    p = tl.where(has_power != 0, p, scalar(power))
     deficit_target = p * 0.0
     if ess_rule[0] != _FIXED:
         target_ess = tl.load(target_ess_ptr + i, mask=ess_rule[0] == _TARGET, other=1.0).to(tl.float64)
         p, deficit_target = choose_power(
-            ess_rule, low + high, target_ess, mean, x_min, x_max, has_zero, k, alive, start, stop, dlogp_ptr, BLOCK,
+            ess_rule, clipped, target_ess, mean, x_min, x_max, has_zero, k, alive, start, stop, l_ptr, STEP,
         )  # fmt: skip
-    log_mean, deficit, _ = moments(p, mean, x_min, x_max, has_zero, k, start, stop, dlogp_ptr, BLOCK)
+    log_mean, deficit, _ = moments(p, mean, x_min, x_max, has_zero, k, start, stop, l_ptr, STEP)
 
+    # what p does not need comes after it, because registers are full before
+    count, low, high, kl, entropy, ratio_sum, ratio_max, approx_kl = _add_metrics(blocks, slots, sums_ptr)
+    A = tl.load(advantages_ptr + i).to(tl.float64)
+    n = tl.maximum(count, 1.0)
+    share = counted / n
     log_m = mean + tl.where(p == 0, 0.0, log_mean / tl.where(p == 0, 1.0, p))
     nothing_left = has_zero & ((p <= 0) | (alive == 0))
     log_m = tl.where(nothing_left, -_INF, log_m)
-    clipped_m, m_below, m_above = _clip_log_ratio(
+    clipped_m, m_below, m_above = clip_log_ratio(
         log_m, A, scalar(sequence_low), scalar(sequence_high), scalar(sequence_dual), scalar(sequence_under)
     )
     acts = (counted > 0) & (A != 0) & (log_m != -_INF)
     policy_loss = tl.where(acts, -A * share * tl.exp(tl.where(acts, clipped_m, 0.0)), 0.0)
-    weight = tl.where(some, tl.where(by_length != 0, count, 1.0) / length_norm, 0.0)
-
-    _write_gradient(
-        start, stop, A, tokens, bounds, ref, p, mean, log_m - log_mean - tl.log(k),
-        tl.where(acts & (m_below == 0) & (m_above == 0), -weight * A * share, 0.0), beta * weight / n,
-        -entropy_coef * weight / n, (has_entropy != 0) & (entropy_coef != 0), dlogp_ptr, dentropy_ptr, BLOCK,
+    weight = tl.where(count > 0, tl.where(scalar(by_length) != 0, count, 1.0) / scalar(length_norm), 0.0)
+    scales = (
+        p, mean, log_m - log_mean - tl.log(k), tl.where(acts & (m_below == 0) & (m_above == 0), -weight * A * share, 0.0),
+        scalar(beta) * weight / n, -scalar(entropy_coef) * weight / n,
     )  # fmt: skip
+    for row in tl.static_range(_SCALES):
+        tl.store(scales_ptr + row * B + i, scales[row])
 
     ess = tl.where((counted > 0) & (nothing_left == 0), k * tl.exp(-deficit), 0.0)
     ess_target = tl.where(ess_rule[0] == _FIXED, ess, tl.where(counted > 0, k * tl.exp(-deficit_target), 0.0))
@@ -244,8 +235,45 @@ def _trajectory_fwd_kernel(
     stats = (
         count, weight, policy_loss, kl, entropy, p, ess, ess_target, low, high, ratio_sum, ratio_max, approx_kl
     )  # fmt: skip
-    for k in tl.static_range(NUM_STATS):
-        tl.store(stats_ptr + k * B + i, stats[k])
+    for row in tl.static_range(NUM_STATS):
+        tl.store(stats_ptr + row * B + i, stats[row])
+
+
+@triton.jit(**_ANY)
+def _trajectory_gradient_kernel(
+    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, cu_seqlens_ptr, ref_logp_ptr, policy_mask_ptr, scales_ptr, dlogp_ptr,
+    dentropy_ptr,
+    B: tl.int64, N: tl.int64,
+    has_old_logp: tl.int32, has_mask: tl.int32, has_ref_logp: tl.int32, has_policy_mask: tl.int32, has_dentropy: tl.int32,
+    token_low: tl.float64, token_high: tl.float64, token_dual: tl.float64, token_under: tl.float64,
+    kl_order: tl.float64, kl_slope_order: tl.float64, kl_weighted: tl.float64, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens: -w A M_p W_t on unclipped ones, in place of l; the KL term's gradient, and that of the entropy."""
+    i, first, stop = block_of(tl.program_id(0).to(tl.int64), cu_seqlens_ptr, B, N, BLOCK)
+    if first >= stop:
+        return
+    A = tl.load(advantages_ptr + i).to(tl.float64)
+    p = tl.load(scales_ptr + i)
+    mean = tl.load(scales_ptr + B + i)
+    log_scale = tl.load(scales_ptr + 2 * B + i)
+    policy_scale = tl.load(scales_ptr + 3 * B + i)
+    kl_scale = tl.load(scales_ptr + 4 * B + i)
+    tokens = (logp_ptr, old_logp_ptr, mask_ptr, policy_mask_ptr, has_old_logp, has_mask, has_policy_mask)
+    bounds = (scalar(token_low), scalar(token_high), scalar(token_dual), scalar(token_under))
+    offs = first + tl.arange(0, BLOCK)
+    d, _, valid, _, below, above = log_ratio(offs, stop, A, tokens, bounds)
+    x, alive = centred(first, stop, mean, dlogp_ptr, BLOCK)
+    flows = alive & (below == 0) & (above == 0)
+    dlogp = tl.where(flows, policy_scale * tl.exp(tl.where(flows, log_scale + p * x, 0.0)), 0.0)
+    dlogp = tl.where(policy_scale == 0, 0.0, dlogp)
+    if (has_ref_logp != 0) & (kl_scale != 0):
+        r = reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr)
+        estimator = (scalar(kl_order), scalar(kl_slope_order), scalar(kl_weighted))
+        dlogp += tl.where(valid, kl_scale * kl_penalty(r, d, estimator)[1], 0.0)
+    tl.store(dlogp_ptr + offs, dlogp, mask=offs < stop)
+    if has_dentropy != 0:
+        entropy_scale = tl.load(scales_ptr + 5 * B + i)
+        tl.store(dentropy_ptr + offs, tl.where(valid, entropy_scale, 0.0), mask=offs < stop)
 
 
 def trajectory(
@@ -264,49 +292,41 @@ def trajectory(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.trajectory`."""
     B, N = advantages.numel(), logp.numel()
-    logp = logp.contiguous()
+    slots = N // BLOCK_TOKENS + B
+    logp, advantages, cu_seqlens = logp.contiguous(), advantages.contiguous(), cu_seqlens.contiguous()
     old_logp, has_old_logp = optional_like(old_logp, logp)
     mask, has_mask = optional_mask(mask, cu_seqlens)
     policy_mask, has_policy_mask = optional_mask(policy_mask, cu_seqlens)
     ref_logp, has_ref_logp = optional_like(ref_logp, logp)
     rollout_weights, has_rollout_weights = optional_like(rollout_weights, logp)
     entropy, has_entropy = optional_like(entropy, logp)
+    has_dentropy = int(has_entropy and options.entropy_coef != 0)
     # zeros, because offsets that were not checked may leave tokens to no trajectory
     dlogp = torch.zeros(N, dtype=torch.float64, device=logp.device)
-    dentropy = dlogp.new_zeros(N if has_entropy and options.entropy_coef else 0)
+    dentropy = dlogp.new_zeros(N if has_dentropy else 0)
     stats = dlogp.new_empty(len(STATS), B)
+    sums, scales = dlogp.new_empty(len(SUMS), slots), dlogp.new_empty(len(SCALES), B)
     power, has_power = optional_like(power, stats)
     target_ess, _ = optional_like(target_ess, stats)
-    if B:
-        with on_device(logp):
-            _trajectory_fwd_kernel[(B,)](
-                logp,
-                old_logp,
-                advantages.contiguous(),
-                mask,
-                cu_seqlens.contiguous(),
-                ref_logp,
-                rollout_weights,
-                entropy,
-                power,
-                target_ess,
-                policy_mask,
-                dlogp,
-                dentropy,
-                stats,
-                B,
-                N,
-                has_old_logp,
-                has_mask,
-                has_ref_logp,
-                has_rollout_weights,
-                has_entropy,
-                has_power,
-                has_policy_mask,
-                **options._asdict(),
-                BLOCK=BLOCK_TOKENS,
-                NUM_STATS=len(STATS),
-                num_warps=8,
-                **OPTIONS,
-            )
+    if not B:
+        return dlogp, dentropy, stats
+    o = options
+    clip = (o.token_low, o.token_high, o.token_dual, o.token_under, o.kl_order, o.kl_slope_order, o.kl_weighted)
+    warp = 64 if torch.version.hip else 32
+    block = {"BLOCK": BLOCK_TOKENS, "num_warps": BLOCK_THREADS // warp, **OPTIONS}
+    with on_device(logp):
+        _trajectory_sums_kernel[(slots,)](
+            logp, old_logp, advantages, mask, cu_seqlens, ref_logp, rollout_weights, entropy, policy_mask, dlogp, sums, B, N,
+            has_old_logp, has_mask, has_ref_logp, has_rollout_weights, has_entropy, has_policy_mask, *clip, **block,
+        )  # fmt: skip
+        _trajectory_power_kernel[(B,)](
+            advantages, cu_seqlens, power, target_ess, dlogp, sums, scales, stats, B, N, has_power, o.rule, o.power,
+            o.power_min, o.power_max, o.full_clip_fraction, o.ess_sharpness, o.ess_floor, o.sequence_low, o.sequence_high,
+            o.sequence_dual, o.sequence_under, o.by_length, o.length_norm, o.beta, o.entropy_coef, BLOCK=BLOCK_TOKENS,
+            STEP=STEP_TOKENS, NUM_STATS=len(STATS), num_warps=POWER_THREADS // warp, **OPTIONS,
+        )  # fmt: skip
+        _trajectory_gradient_kernel[(slots,)](
+            logp, old_logp, advantages, mask, cu_seqlens, ref_logp, policy_mask, scales, dlogp, dentropy, B, N, has_old_logp,
+            has_mask, has_ref_logp, has_policy_mask, has_dentropy, *clip, **block,
+        )  # fmt: skip
     return dlogp, dentropy, stats

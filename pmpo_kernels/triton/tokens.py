@@ -1,0 +1,94 @@
+"""What the kernels of the trajectory stage compute of each token, and which tokens a program has; all in float64."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pmpo_kernels.triton.power_mean import expm1
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def bounds_of(i, cu_seqlens_ptr, N):
+    """(first token, token behind the last) of trajectory i, in [0, N] whatever the offsets are."""
+    start = tl.load(cu_seqlens_ptr + i).to(tl.int64)
+    stop = tl.load(cu_seqlens_ptr + i + 1).to(tl.int64)
+    return tl.minimum(tl.maximum(start, 0), N), tl.minimum(tl.maximum(stop, 0), N)
+
+
+@triton.jit
+def first_slot(i, start, BLOCK: tl.constexpr):
+    """The slot of the first block of a trajectory; rises strictly with i, and leaves room for the blocks of those before.
+
+    n tokens from `start` on are ceil(n / BLOCK) <= (start + n) // BLOCK - start // BLOCK + 1 blocks, so N // BLOCK + B slots
+    are enough.
+    """
+    return start // BLOCK + i
+
+
+@triton.jit
+def block_of(slot, cu_seqlens_ptr, B, N, BLOCK: tl.constexpr):
+    """(trajectory, first token of the block, token behind the trajectory's last) of a slot; no token of a slot not in use."""
+    i = slot * 0
+    after = i + B
+    while after - i > 1:
+        middle = (i + after) // 2
+        start, _ = bounds_of(middle, cu_seqlens_ptr, N)
+        here = first_slot(middle, start, BLOCK) <= slot
+        i = tl.where(here, middle, i)
+        after = tl.where(here, after, middle)
+    start, stop = bounds_of(i, cu_seqlens_ptr, N)
+    block = slot - first_slot(i, start, BLOCK)
+    return i, tl.where(block < 0, stop, start + block * BLOCK), stop
+
+
+@triton.jit
+def clip_log_ratio(d, advantage, low, high, dual, under):
+    floor = tl.where(advantage < 0, -low, tl.where(advantage > 0, -under, -_INF))
+    ceiling = tl.where(advantage > 0, high, tl.where(advantage < 0, dual, _INF))
+    below = d < floor
+    above = d > ceiling
+    return tl.where(above, ceiling, tl.where(below, floor, d)), below, above
+
+
+@triton.jit
+def given(valid, has):
+    """`valid` where an optional input is there. (The interpreter changes the type of a scalar bool that it broadcasts.)"""
+    return valid.to(tl.int32) * has != 0
+
+
+@triton.jit
+def log_ratio(offs, stop, advantage, tokens, bounds):
+    """(log-ratio d, the same clipped, response token, token of the policy term, of these clipped below, clipped above) of one
+    block of tokens."""
+    logp_ptr, old_logp_ptr, mask_ptr, policy_mask_ptr, has_old_logp, has_mask, has_policy_mask = tokens
+    low, high, dual, under = bounds
+    valid = offs < stop
+    valid = valid & (tl.load(mask_ptr + offs, mask=given(valid, has_mask), other=1) != 0)
+    logp = tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+    old_logp = tl.load(old_logp_ptr + offs, mask=given(valid, has_old_logp), other=0.0).to(tl.float64)
+    on_policy = tl.where(logp == -_INF, 0.0, logp - logp)
+    d = tl.where(has_old_logp != 0, logp - old_logp, on_policy)
+    clipped, below, above = clip_log_ratio(d, advantage, low, high, dual, under)
+    counts = valid & (tl.load(policy_mask_ptr + offs, mask=given(valid, has_policy_mask), other=1) != 0)
+    return d, clipped, valid, counts, counts & below, counts & above
+
+
+@triton.jit
+def reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr):
+    """r = ref_logp - logp."""
+    ref_logp = tl.load(ref_logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+    return ref_logp - tl.load(logp_ptr + offs, mask=valid, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def kl_penalty(r, d, estimator):
+    """Estimators k1, k2, k3 of the KL and their derivative in logp, perhaps that of another; with `weighted` times exp(d)."""
+    order, slope_order, weighted = estimator
+    e = expm1(r, tl.exp(r))
+    value = tl.where(order == 1, -r, tl.where(order == 2, r * r / 2, e - r))
+    slope = tl.where(slope_order == 1, 1.0, tl.where(slope_order == 2, -r, -e))
+    ratio = tl.where(weighted != 0, tl.exp(d), 1.0)
+    return ratio * value, ratio * tl.where(weighted != 0, slope + value, slope)
