@@ -51,7 +51,11 @@ BESIDE = [
     "public_api",
     "aot",
 ]  # what uses numpy, Triton and typer most
-GPU = ["torch==2.11.0", "triton==3.6.0", "numpy"]
+GPU = [
+    "torch==2.11.0",
+    "triton==3.6.0",
+    "numpy<2.4",
+]  # what that Triton's interpreter works with; compiled kernels need none
 SLOW = "bench_ or test_build or sweep or gradcheck"  # left out: minutes each
 REPORT = """
 import json, platform, sys

@@ -95,6 +95,7 @@ def _dlogits_bwd_kernel(
         slope = -dentropy * inv_sum
         constant = -target / row_sum + slope * (tl.load(entropy_ptr + row) - tl.log(row_sum))
         slope = slope * _LN2
+        # steps are other columns: in place too, a step's loads may go before the stores of those before it
         end = tl.minimum(last * BLOCK_V, body)
         if PREFETCH:
             offs = first * BLOCK_V + cols

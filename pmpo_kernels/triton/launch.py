@@ -64,11 +64,12 @@ class LaunchConfig(NamedTuple):
 
 
 # bfloat16 on sm_90, triton 3.6 / 3.9; KiB: under way on a multiprocessor where its threads wait for memory.
-# token_logp: 160 / 96 KiB at 10.4 / 10.8 instructions a column, never less than half of that; without copies 72 / 48 KiB, and
-# none while a thread computes, at 9.4 / 9.8; with 256 threads 64 / 48 KiB. 64 bytes share the work on a lane's sums among 32
+# token_logp: 160 / 96 KiB at 10.4 / 10.8 instructions a column, half of it while a thread computes. Without copies 72 / 48 KiB,
+# none while it computes, at 9.4 / 9.8; that with 256 threads 64 / 48 KiB. 64 bytes share the work on a lane's sums among 32
 # columns: with 32 bytes 11.8 / 12.3 instructions.
-# dlogits: 32 KiB at 12.4 / 13.0 instructions, all but 16 / 19 % of them with the next loads under way: 32 registers hold no more.
-# Copies in 3 stages: 64 KiB, never less than 32, at 15.1 / 16.6. 32 bytes and no prefetch: 32 / 64 KiB, none while it computes.
+# dlogits: 32 KiB at 12.4 / 13.0 instructions, during all but 16 / 19 % of them too; 2,048 threads have 32 registers each, which
+# hold no more. Copies in 3 stages: 64 KiB, half of it while a thread computes, at 15.1 / 16.6. 32 bytes without prefetch:
+# 32 / 64 KiB, almost none while it computes, at 12.6 / 13.1.
 TOKEN_LOGP = Step(128, 64, num_stages=3)
 DLOGITS = Step(256, 16, prefetch=True)
 ENOUGH = 2**15  # bytes a multiprocessor under way: at an H200's 36 bytes a ns they cover 0.9 us of latency
