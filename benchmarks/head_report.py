@@ -90,7 +90,7 @@ class HeadReport:
         def add(name: str, value: float, target: float | None, at_least: bool = False) -> None:
             found.append(Ratio(name, value, target, at_least))
 
-        whole = full is None or full is self
+        whole = self.case.clipped <= 0.05 and self.case.zero_advantage == 0
         if self.over_products is not None:
             add(f"time over {self.floor}", self.over_products, 1.10 if cuda and whole else None)
         if EAGER.name in self.timed:

@@ -1,4 +1,5 @@
-"""Write the figures into README.md and docs/ (fused_head, performance, performance_cpu) from the files of benchmarks/results/.
+"""Write the figures into README.md and docs/ (fused_head, performance, performance_cpu) from the files of benchmarks/results/, and
+the targets of targets.py into PENDING.md.
 
 python benchmarks/readme_table.py          renews the blocks between the markers
 python benchmarks/readme_table.py --check  exits 1 if a block does not say what the files say
@@ -12,18 +13,23 @@ from typing import Annotated, Any
 
 import typer
 from roofline import H200, Prediction, predict, trajectory_chain
+from targets import OURS, PRODUCTS, find, listed, quotient, ratio
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS, WIDTH = 8192, {"bf16": 2, "fp32": 4}
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 HEAD_START, HEAD_END = "<!-- head:start -->", "<!-- head:end -->"
+TARGETS_START, TARGETS_END = "<!-- targets:start -->", "<!-- targets:end -->"
 Content = dict[str, Any]
 
 
 def load(pattern: str) -> dict[Path, Content]:
     """Results by file, folder by folder, larger logits first."""
     found = {path: json.loads(path.read_text()) for path in RESULTS.rglob(pattern)}
+    rehearsed = [str(path) for path in found if (path.parent / "REHEARSAL.txt").exists()]
+    if rehearsed:
+        raise SystemExit(f"expected results, got a rehearsal of gpu.sh: {', '.join(rehearsed)}")
     return dict(
         sorted(found.items(), key=lambda item: (item[0].parent, -item[1].get("case", {}).get("logits_bytes", 0)))
     )
@@ -141,20 +147,24 @@ def heads(files: dict[Path, Content]) -> list[str]:
         about += f", {case['clipped']:.0%} clipped" * (case["clipped"] > 0)
         about += f", {case['zero_advantage']:.0%} of the trajectories at A = 0" * (case["zero_advantage"] > 0)
         about += f", H = {case['hidden']:,}, V = {case['vocab']:,}, {case['dtype']}"
-        times = {row["name"]: next(iter(row["timings"].values())) for row in content["results"] if not row["problem"]}
+        times = {row["name"]: next(iter(row["timings"].values())) for row in content["results"] if row["timings"]}
         products = times[content["products"]]["both"]["median"] if content["products"] else None
-        full = {ratio["name"]: ratio["value"] for ratio in content["ratios"]}.get("time over the full case")
+        full = None
+        if case["clipped"] or case["zero_advantage"]:
+            alike = {name: case[name] for name in ("preset", "vocab", "hidden", "batch", "tokens", "padded", "dtype")}
+            whole = find([*files.values()], alike | {"clipped": 0, "zero_advantage": 0}, case["model"])
+            full = quotient(ratio(content, PRODUCTS), ratio(whole, PRODUCTS))
         for i, row in enumerate(content["results"]):
             cells = [f"[{about}](../{path.relative_to(ROOT).as_posix()})" if i == 0 else "", row["name"]]
-            if row["problem"]:
-                rows.append([*cells, row["problem"], *[""] * (len(header) - 3)])
+            if row["name"] not in times:
+                rows.append([*cells, row["problem"] or "stopped before its times", *[""] * (len(header) - 3)])
                 continue
             timing = times[row["name"]]
             both, speedup = timing["both"]["median"], timing["speedup"]
             parts = " + ".join(ms(timing[part]["median"]) for part in ("forward", "backward"))
             cells += [f"{parts} = {ms(both)}", "-" if products is None else f"{both / products:.2f}x"]
             cells += ["-" if speedup is None else f"{speedup:.2f}x"]
-            cells += [f"{full:.2f}x" if full is not None and row["name"] == "linear_pmpo_loss" else ""]
+            cells += [f"{full:.2f}x" if full is not None and row["name"] == OURS else ""]
             cells += ["-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"]
             rows.append([*cells, "-" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"])
     return [f"{machine(first, first['case']['device'])}:", "", *table(header, rows)]
@@ -337,6 +347,7 @@ def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> 
         (docs / "fused_head.md", HEAD_START, HEAD_END, fused_head()),
         (docs / "performance.md", START, END, performance()),
         (docs / "performance_cpu.md", START, END, performance_cpu()),
+        (RESULTS / "PENDING.md", TARGETS_START, TARGETS_END, "\n".join([TARGETS_START, *listed(), TARGETS_END])),
     ]
     for path, start, end, block in blocks:
         text = path.read_text()

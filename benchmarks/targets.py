@@ -57,10 +57,10 @@ class Target(NamedTuple):
         return value >= self.limit if self.at_least else value <= self.limit
 
 
-def find(cases: list[Content], wanted: dict[str, Any]) -> Content:
-    """The first case with these fields of the model that the targets are about, else of a rehearsal."""
+def find(cases: list[Content], wanted: dict[str, Any], *models: str) -> Content:
+    """The first case with these fields, by default of the model that the targets are about, else of a rehearsal."""
     found = [c for c in cases if all(c["case"][name] == value for name, value in wanted.items())]
-    return next((c for model in (MODEL, "tiny") for c in found if c["case"]["model"] == model), {})
+    return next((c for model in models or (MODEL, "tiny") for c in found if c["case"]["model"] == model), {})
 
 
 def at(content: Content | None, *path: str) -> Any:

@@ -338,7 +338,7 @@ def test_an_option_that_is_none(stand_in: StandIn) -> None:
     assert (call.status, call.output) == (2, "gpu.sh: expected no option but --overwrite, got --suite=full\n")
 
 
-# --- on a GPU ----------------------------------------------------------------------------------------------------------
+# --- what a call runs ---------------------------------------------------------------------------------------------------
 
 
 def test_the_limits_of_the_first_call_fit_into_it() -> None:
@@ -347,7 +347,7 @@ def test_the_limits_of_the_first_call_fit_into_it() -> None:
     assert NAMES[-2:] == SECOND_CALL
 
 
-def test_the_commands_on_a_gpu_are_accepted_by_their_programs(stand_in: StandIn) -> None:
+def test_the_commands_of_a_call_are_accepted_by_their_programs(stand_in: StandIn) -> None:
     """Every option of every program; --overwrite reaches those that have it."""
     call = stand_in.run("--overwrite", STEPS=" ".join(name for name in NAMES if "check" not in name))
     assert call.status == 0, call.output
