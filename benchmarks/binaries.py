@@ -201,7 +201,6 @@ def loop_bodies(sass: str) -> tuple[list[list[str]], list[list[str]]]:
     loops = [(labels[jump[1]] + 1, i + 1) for i, jump in jumps if jump and labels[jump[1]] < i]
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
 
-
     def operations(loop: tuple[int, int]) -> list[str]:
         texts = [text for text in lines[slice(*loop)] if text and not text.endswith(":")]
         return [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].rstrip(";") for text in texts]
