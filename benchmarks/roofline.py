@@ -74,29 +74,22 @@ class Chain(NamedTuple):
         return self.sums + self.power + self.gradient
 
 
-def trajectory_chain(
-    binaries: dict[str, dict[str, Any]], chip: Chip, tokens: int, steps: int, trajectories: int
-) -> Chain:
-    """The longest chain of one adaptive trajectory of so many tokens, with so many Newton steps, from the descriptions of the
-    kernels `sums`, `power` and `gradient`; an upper bound, for it counts every branch as taken.
+def trajectory_chain(parts: dict[str, dict[str, Any]], chip: Chip, tokens: int, steps: int, trajectories: int) -> Chain:
+    """The longest chain of one adaptive trajectory of so many tokens, with so many Newton steps, in a batch of so many, from the
+    descriptions of the kernels `sums`, `power` and `gradient`.
 
-    Every instruction is counted once, and a loop's again for each further turn.
+    An upper bound: every instruction is counted once, as if every branch were taken, and a loop's again for each further turn.
     """
-    found = {}
-    for part in ("sums", "gradient"):
-        binary = binaries[part]
-        (bisection,) = binary["passes"]
+    count = {name: float(part["instructions"]) for name, part in parts.items()}
+    for name in ("sums", "gradient"):
+        (bisection,) = parts[name]["passes"]
         turns = math.ceil(math.log2(max(trajectories, 2)))
-        found[part] = (
-            binary["instructions"] + (turns - 1) * bisection["instructions"] * binary["columns"] / binary["threads"]
-        )
-    binary = binaries["power"]
+        count[name] += (turns - 1) * bisection["instructions"] * parts[name]["columns"] / parts[name]["threads"]
+    power = parts["power"]
     # in the binary's order; a pass at one p has a loop for weights near 1 and one for others, which is longer
-    _, variance, *pairs, _ = (loop["instructions"] for loop in binary["passes"])
-    most, _, newton, last = (min(pairs[i : i + 2]) for i in range(0, 8, 2))
-    further = (tokens - binary["columns"]) / binary["threads"]  # tokens of a thread after the first step
-    power = (
-        binary["instructions"] + further * (variance + most + steps * newton + last) + (steps - 1) * binary["newton"]
-    )
-    issued = sum(count * binaries[part]["threads"] for part, count in (*found.items(), ("power", power)))
-    return Chain(found["sums"], power, found["gradient"], 1e3 * issued / chip.instructions / chip.clock_hz)
+    _, variance, *pairs, _ = (loop["instructions"] for loop in power["passes"])
+    most, _, newton, last = (min(pair) for pair in zip(pairs[::2], pairs[1::2], strict=True))
+    further = (tokens - power["columns"]) / power["threads"]  # tokens of a thread after the first turn
+    count["power"] += further * (variance + most + steps * newton + last) + (steps - 1) * power["newton"]
+    issued = sum(count[name] * part["threads"] for name, part in parts.items())
+    return Chain(count["sums"], count["power"], count["gradient"], 1e3 * issued / chip.instructions / chip.clock_hz)

@@ -67,10 +67,8 @@ def test_company_changes_no_bit(impl: str, device: str, name: str) -> None:
     for i, length in enumerate(LENGTHS):
         own = slice(starts[i], starts[i] + length)
         alone = {key: t[i : i + 1] if key == "advantages" else t[own].clone() for key, t in x.items()}
-        for got, want in zip(
-            run(impl, alone, [length], config), (dlogp[own], dentropy[own], stats[:, i : i + 1]), strict=True
-        ):
-            assert torch.equal(got, want)
+        want = (dlogp[own], dentropy[own], stats[:, i : i + 1])
+        assert all(torch.equal(a, b) for a, b in zip(run(impl, alone, [length], config), want, strict=True))
 
 
 def test_a_long_trajectory_has_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
