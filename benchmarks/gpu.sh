@@ -30,7 +30,7 @@ steps() {
   step sweep 30 "$PYTHON" benchmarks/sweep.py "${out[@]}" "${tiny_sweep[@]}"
   step cases 45 "$PYTHON" benchmarks/run.py --suite more --no-compile --repeats 5 "${out[@]}" "${tiny[@]}"
   step tests 70 "${tests[@]}" "${kernels[@]}"
-  step large 20 "$PYTHON" -m pytest -v tests/test_gpu.py -k "$LARGE"
+  step large 20 "${alone[@]}" tests/test_gpu.py -k "$LARGE"
   step verify 15 "$PYTHON" -m pmpo_kernels verify "${tiny_verify[@]}"
   step head-more 45 "$PYTHON" benchmarks/head.py --suite more --no-compile "${out[@]}" "${tiny_head[@]}"
   step memcheck 90 bash -c 'sanitize memcheck'
@@ -45,7 +45,8 @@ arguments() { # of the commands above
   local trusted=(tests/test_{properties,property_extremes,bad_calls,fuzz_bad_calls,processes}.py)
   local left_out=(tests/test_{aot,soak}.py "${trusted[@]}") # those of other steps, and what needs no GPU
   local quick="cuda_graph or no_synchronisation or real_models or programs_a_row or products_add or triton_equals"
-  tests=("$PYTHON" -m pytest -v --durations 10)
+  tests=("$PYTHON" -m pytest -v --at-once --durations 10)
+  alone=("${tests[@]}")
   smoke=(tests/test_{gpu,triton,loss,linear}.py -k "$quick or (agrees_with_float64 and triton and pmpo)")
   kernels=(tests -k "(triton or gpu) and not ($LARGE)" "${left_out[@]/#/--ignore=}")
   properties=("${trusted[@]}" -k "triton or gpu or thread")

@@ -23,12 +23,27 @@ CONFIGURATIONS = configurations()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-peers", action="store_true", help="fail, not skip, where TRL, verl or Liger is missing")
+    parser.addoption("--at-once", action="store_true", help="show a failure when it happens too: a run may be killed")
     parser.addoption(
         "--isolated", action="store_true", help="also build and install the package as pip does, with its requirements"
     )
 
 
+class AtOnce:
+    """Shows failures as they happen, also those of pytest-xdist's processes."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            terminal = self.config.pluginmanager.getplugin("terminalreporter")
+            terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("at_once") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce(config))
     missing = [name for name in ("trl", "peft", "verl", "liger_kernel") if importlib.util.find_spec(name) is None]
     if config.getoption("require_peers") and missing:
         raise pytest.UsageError(f"--require-peers: expected {', '.join(missing)} to be installed")

@@ -23,6 +23,8 @@ import pytest
 import targets
 import typer
 
+from pmpo_kernels.impls import USABLE, available_impls
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 STEPS = re.findall(r"^  step ([a-z-]+) (\d+) ", SCRIPT.read_text(), re.M)
@@ -137,7 +139,8 @@ def test_a_rehearsal_has_a_line_a_target_and_no_result(rehearsal: Call) -> None:
     assert all(line in rehearsal.output for line in lines)
     states = [line.rpartition(": ")[2] for line in lines]
     assert set(states) == {"rehearsal, no result", "not measured"}
-    assert states.count("rehearsal, no result") >= 9  # what needs no peer, no torch.compile and no memory
+    # what needs no peer, no torch.compile and no memory; without the C++ kernels the LM head alone is timed
+    assert states.count("rehearsal, no result") >= (9 if available_impls()["cpp"].startswith(USABLE) else 2)
     assert "nothing in this folder is a result" in (rehearsal.results / "REHEARSAL.txt").read_text()
 
 
@@ -382,3 +385,17 @@ def test_the_tests_that_are_chosen_by_name_are_there(stand_in: StandIn) -> None:
         names = re.findall(r"def (test_\w+)\(", "".join(path.read_text() for path in files))
         for word in re.findall(r"\w{7,}", words[words.index("-k") + 1]):
             assert any(word in name for name in names), word
+
+
+def test_a_failure_is_shown_when_it_happens(tmp_path: Path) -> None:
+    """As gpu.sh asks for: a run that is killed has no summary."""
+    (tmp_path / "test_killed.py").write_text(
+        "import os\n\ndef test_wrong():\n    assert 1 == 2\n\ndef test_killed():\n    os._exit(9)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "--at-once", "-p", "conftest", "test_killed.py"]
+    path = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 9, done.stderr
+    assert "assert 1 == 2" in done.stdout
