@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from roofline import H200, predict
+from under_way import under_way
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # six of (V, dtype), each token_logp, its merge, and dlogits with like and unlike alignments; trajectory in two dtypes
@@ -104,3 +105,24 @@ def test_instructions_and_exponentials_a_column(arch: str) -> None:
         size = 4 if "fp32" in binary["kernel"] else 2
         assert binary["loop"]["instructions"] < 7.0 * units * size, binary
         assert 1 <= binary["loop"]["exponentials"] < min(1.25, 0.87 * units * size), binary
+
+
+LOAD, NEXT = "LDG.E.128 R4, desc[UR4][R2.64] ;", "LDG.E.128 R12, desc[UR4][R2.64+0x200] ;"
+USE, USE_NEXT, OTHER = "FADD R8, R5, R9 ;", "FADD R8, R12, R9 ;", "FMUL R8, R8, R8 ;"
+COPY, SENT = "LDGSTS.E.BYPASS.128 [R10], desc[UR4][R2.64] ;", "LDGDEPBAR ;"
+LOOPS = {
+    "at once": ([LOAD, USE, *[OTHER] * 8], 16, 1.0),
+    "two at once": ([LOAD, NEXT, USE, USE_NEXT, *[OTHER] * 6], 32, 0.9),
+    "one after the other": ([LOAD, USE, NEXT, USE_NEXT, *[OTHER] * 6], 16, 1.0),
+    "the next step's": ([USE, LOAD, *[OTHER] * 8], 16, 0.2),
+    "copies, one under way while computing": (["DEPBAR.LE SB0, 0x1 ;", *[OTHER] * 7, COPY, SENT], 32, 0.45),
+}
+
+
+@pytest.mark.parametrize("name", list(LOOPS))
+def test_what_is_under_way_in_a_loop(name: str) -> None:
+    """Ten instructions: the latencies that a step waits for, and the instructions before the next load."""
+    body, bytes_under_way, exposed = LOOPS[name]
+    found = under_way(body)
+    assert found["under_way"] == pytest.approx(bytes_under_way)
+    assert found["exposed"] == pytest.approx(exposed)
