@@ -30,6 +30,7 @@ from rich.progress import track
 from sweep import STAGES, steps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from under_way import WIDTH, is_load, size_of, under_way
 
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.cli.bench import check_files
@@ -54,7 +55,6 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 CASES = ((151_936, "bf16"), (151_936, "fp32"), (50_257, "bf16"), (50_257, "fp32"), (151_936, "fp16"), (151_936, "fp64"))
-WIDTH = re.compile(r"\.(128|64|U16|U8)\b")  # of an access, 32 bits if it names none
 ALU = re.compile(r"(FMNMX|FSETP|FSEL|LOP3|SHF|PRMT|ISETP|IADD3|VIADD|SEL|F2FP|PLOP3|LEA)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS = 8192
@@ -228,17 +228,6 @@ def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
     return {"instructions": len(body) / tokens, "float64": doubles / tokens}
 
 
-def is_load(instruction: str) -> bool:
-    """Of global memory, into registers or into shared memory (LDGDEPBAR is not one)."""
-    return bool(re.match(r"LDG(STS)?\.", instruction))
-
-
-def size_of(instruction: str) -> int:
-    """Bytes of an access."""
-    width = WIDTH.search(instruction.split()[0])
-    return {"128": 16, "64": 8, "U16": 2, "U8": 1}[width[1]] if width else 4
-
-
 def hot_loop(bodies: list[list[str]], kernel: Kernel) -> dict[str, Any]:
     """The loop that loads most: instructions a column (all; exponentials; comparisons, selections, conversions and integers),
     bytes that a thread loads a step, and how many of them are under way."""
@@ -252,49 +241,6 @@ def hot_loop(bodies: list[list[str]], kernel: Kernel) -> dict[str, Any]:
         "loads": len(loads),
         "bytes": sum(map(size_of, loads)),
         **under_way(body),
-    }
-
-
-def needs(body: list[str]) -> dict[int, tuple[int, int]]:
-    """Where each load of a loop stands, its bytes, and where these are first needed: counted on into later steps."""
-    found, steps = {}, len(body)
-    for i, text in enumerate(body):
-        if text.startswith("LDGSTS"):  # a group a step; at the barrier the newest so many may still be under way
-            groups = ((j, re.match(r"DEPBAR\.LE SB0, (\w+)", other)) for j, other in enumerate(body))
-            barrier, newest = next((j, int(group[1], 0)) for j, group in groups if group)
-            found[i] = size_of(text), barrier + steps * (newest + (i > barrier))
-        elif is_load(text):
-            first, count = int(re.search(r"\bR(\d+)", text)[1]), max(1, size_of(text) // 4)  # type: ignore[index]
-            into = {f"R{first + n}" for n in range(count)}
-            ring = range(i + 1, i + 1 + steps)
-            found[i] = size_of(text), next(j for j in ring if into & set(re.findall(r"\bR\d+\b", body[j % steps])))
-    return found
-
-
-def under_way(body: list[str]) -> dict[str, float]:
-    """A step of a loop whose thread waits for memory takes some latencies (one divided by the stages of copies that are under
-    way, two where a load waits for another), during which `under_way` bytes are on their way; and besides, the time of a part of
-    its instructions, `exposed`, in which nothing more is asked for."""
-    loads = needs(body)
-
-    def time_of_a_step(latency: float, count: int = 12) -> float:
-        """In instructions, after the first steps; `count` is a multiple of the stages that copies may have."""
-        time, arrivals, ends = 0.0, {}, []
-        for step in range(2 * count):
-            for i in range(len(body)):
-                time = max(time, arrivals.pop(step * len(body) + i, 0.0)) + 1
-                if i in loads:
-                    at = step * len(body) + loads[i][1]
-                    arrivals[at] = max(arrivals.get(at, 0.0), time + latency)
-            ends.append(time)
-        return (ends[-1] - ends[count - 1]) / count
-
-    slow = 1e3 * len(body)
-    latencies = (time_of_a_step(2 * slow) - time_of_a_step(slow)) / slow
-    total = sum(size for size, _ in loads.values())
-    return {
-        "under_way": total / latencies,
-        "exposed": (time_of_a_step(slow) - latencies * slow) / len(body),
     }
 
 

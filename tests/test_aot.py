@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from roofline import H200, predict, trajectory_chain
+from under_way import under_way
 
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 # six of (V, dtype), each token_logp, its merge, and dlogits with like and unlike alignments; trajectory, three kernels in two
@@ -125,3 +126,24 @@ def test_the_trajectory_stage_does_not_grow_with_its_tokens(arch: str) -> None:
     assert [len(parts[name]["passes"]) for name in ("sums", "gradient")] == [1, 1]
     step_ms = 1e3 * 3 * 8192 * 151_936 * 2 / H200.bandwidth
     assert trajectory_chain(parts, H200, 4096, 3, 2).issue_ms <= 0.03 * step_ms
+
+
+LOAD, NEXT = "LDG.E.128 R4, desc[UR4][R2.64] ;", "LDG.E.128 R12, desc[UR4][R2.64+0x200] ;"
+USE, USE_NEXT, OTHER = "FADD R8, R5, R9 ;", "FADD R8, R12, R9 ;", "FMUL R8, R8, R8 ;"
+COPY, SENT = "LDGSTS.E.BYPASS.128 [R10], desc[UR4][R2.64] ;", "LDGDEPBAR ;"
+LOOPS = {
+    "at once": ([LOAD, USE, *[OTHER] * 8], 16, 1.0),
+    "two at once": ([LOAD, NEXT, USE, USE_NEXT, *[OTHER] * 6], 32, 0.9),
+    "one after the other": ([LOAD, USE, NEXT, USE_NEXT, *[OTHER] * 6], 16, 1.0),
+    "the next step's": ([USE, LOAD, *[OTHER] * 8], 16, 0.2),
+    "copies, one under way while computing": (["DEPBAR.LE SB0, 0x1 ;", *[OTHER] * 7, COPY, SENT], 32, 0.45),
+}
+
+
+@pytest.mark.parametrize("name", list(LOOPS))
+def test_what_is_under_way_in_a_loop(name: str) -> None:
+    """Ten instructions: the latencies that a step waits for, and the instructions before the next load."""
+    body, bytes_under_way, exposed = LOOPS[name]
+    found = under_way(body)
+    assert found["under_way"] == pytest.approx(bytes_under_way)
+    assert found["exposed"] == pytest.approx(exposed)
