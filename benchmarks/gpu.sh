@@ -51,7 +51,7 @@ arguments() { # of the commands above
   kernels=(tests -k "(triton or gpu) and not ($LARGE)" "${left_out[@]/#/--ignore=}")
   properties=("${trusted[@]}" -k "triton or gpu or thread")
   out=(--out "$RESULTS" "${overwrite[@]}")
-  soak=(--impl triton --steps 5000)
+  soak=(--impl triton --steps 2000)
   tiny=() tiny_stages=() tiny_head=() tiny_sweep=() tiny_verify=()
   if ((DRY)); then
     smoke=(tests/test_{gpu,triton}.py -k "cuda_graph or (real_models and smollm2 and bfloat16)")
