@@ -51,7 +51,7 @@ arguments() { # of the commands above
   kernels=(tests -k "(triton or gpu) and not ($LARGE)" "${left_out[@]/#/--ignore=}")
   properties=("${trusted[@]}" -k "triton or gpu or thread")
   out=(--out "$RESULTS" "${overwrite[@]}")
-  soak=(--impl triton --steps 5000)
+  soak=(--impl triton --steps 2000)
   tiny=() tiny_stages=() tiny_head=() tiny_sweep=() tiny_verify=()
   if ((DRY)); then
     smoke=(tests/test_{gpu,triton}.py -k "cuda_graph or (real_models and smollm2 and bfloat16)")
@@ -61,7 +61,7 @@ arguments() { # of the commands above
     tiny=(--tiny --repeats 2 --no-compile --no-memory)
     tiny_stages=(--impl triton --tiny --repeats 1)
     tiny_head=(--tiny --repeats 2 --no-memory)
-    tiny_sweep=(--vocab 5000 --rows 2 --repeats 1)
+    tiny_sweep=(--vocab 600 --rows 1 --repeats 1)
     tiny_verify=(--impl reference --dtype float32 --vocab 40)
   elif "$PYTHON" -c 'import sys, importlib.util as i; sys.exit(i.find_spec("xdist") is None)'; then
     tests+=(-n 8)
