@@ -86,3 +86,14 @@ def test_a_long_trajectory_has_many_programs(monkeypatch: pytest.MonkeyPatch) ->
     assert list(programs) == [f"_trajectory_{part}_kernel" for part in ("sums", "power", "gradient")]
     assert power == 1
     assert sums == gradient >= 32
+
+
+def test_blocks_in_front_of_all_trajectories() -> None:
+    """Offsets that a GPU does not check leave whole blocks of tokens to no trajectory: their gradient is zero."""
+    start, stop, N = 2 * BLOCK_TOKENS + 3, 3 * BLOCK_TOKENS, 5 * BLOCK_TOKENS
+    module, device = importlib.import_module("pmpo_kernels.triton.trajectory"), device_of("triton")
+    logp, offsets = torch.full((N,), -1.0, device=device), torch.tensor([start, stop], device=device)
+    options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False)
+    dlogp, _, stats = module.trajectory(logp, logp - 0.1, logp[:1], None, offsets, *[None] * 6, options)
+    assert (dlogp != 0).nonzero()[:, 0].tolist() == list(range(start, stop))
+    assert stats[STATS.index("tokens")] == stop - start

@@ -1,4 +1,4 @@
-"""Power means and p inside the trajectory kernel: the moments of a trajectory's weights at one p, Newton's iteration for p.
+"""Power means and p inside the kernel that chooses p: the moments of a trajectory's weights at one p, Newton's iteration for p.
 
 The log weights l of a trajectory (float64, -inf where a token has no weight) are read from memory, from `start` to `stop`.
 """

@@ -1,4 +1,4 @@
-"""What the kernels of the trajectory stage compute of each token, and which tokens a program has; all in float64."""
+"""What the kernels of the trajectory stage compute of each token, in float64."""
 
 from __future__ import annotations
 
@@ -8,40 +8,6 @@ import triton.language as tl
 from pmpo_kernels.triton.power_mean import expm1
 
 _INF = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def bounds_of(i, cu_seqlens_ptr, N):
-    """(first token, token behind the last) of trajectory i, in [0, N] whatever the offsets are."""
-    start = tl.load(cu_seqlens_ptr + i).to(tl.int64)
-    stop = tl.load(cu_seqlens_ptr + i + 1).to(tl.int64)
-    return tl.minimum(tl.maximum(start, 0), N), tl.minimum(tl.maximum(stop, 0), N)
-
-
-@triton.jit
-def first_slot(i, start, BLOCK: tl.constexpr):
-    """The slot of the first block of a trajectory; rises strictly with i, and leaves room for the blocks of those before.
-
-    n tokens from `start` on are ceil(n / BLOCK) <= (start + n) // BLOCK - start // BLOCK + 1 blocks, so N // BLOCK + B slots
-    are enough.
-    """
-    return start // BLOCK + i
-
-
-@triton.jit
-def block_of(slot, cu_seqlens_ptr, B, N, BLOCK: tl.constexpr):
-    """(trajectory, first token of the block, token behind the trajectory's last) of a slot; no token of a slot not in use."""
-    i = slot * 0
-    after = i + B
-    while after - i > 1:
-        middle = (i + after) // 2
-        start, _ = bounds_of(middle, cu_seqlens_ptr, N)
-        here = first_slot(middle, start, BLOCK) <= slot
-        i = tl.where(here, middle, i)
-        after = tl.where(here, after, middle)
-    start, stop = bounds_of(i, cu_seqlens_ptr, N)
-    block = slot - first_slot(i, start, BLOCK)
-    return i, tl.where(block < 0, stop, start + block * BLOCK), stop
 
 
 @triton.jit

@@ -4,9 +4,6 @@ The order and the names are those of `reference`. A trajectory is cut into block
 `sums` and `gradient` take a block a program, `power` a trajectory a program: it adds the sums of the blocks in their order
 and chooses p, from the log weights l that `sums` has left where `gradient` writes. So a trajectory's bits depend on
 nothing that stands beside it.
-
-The lengths are on the device alone: the block j of trajectory i has slot `first_slot` + j, and a program for each slot finds
-its block by bisection.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pmpo_kernels.config import FIXED, STATS, TARGET, TrajectoryOptions
+from pmpo_kernels.triton.blocks import SUMS, add_metrics, add_weights, block_of, bounds_of, first_slot
 from pmpo_kernels.triton.launch import (
     BLOCK_THREADS,
     BLOCK_TOKENS,
@@ -29,26 +27,14 @@ from pmpo_kernels.triton.launch import (
     scalar,
 )
 from pmpo_kernels.triton.power_mean import centred, choose_power, expm1, moments
-from pmpo_kernels.triton.tokens import (
-    block_of,
-    bounds_of,
-    clip_log_ratio,
-    first_slot,
-    given,
-    kl_penalty,
-    log_ratio,
-    reference_log_ratio,
-)
+from pmpo_kernels.triton.tokens import clip_log_ratio, given, kl_penalty, log_ratio, reference_log_ratio
 
 _FIXED = tl.constexpr(FIXED)
 _TARGET = tl.constexpr(TARGET)
 _INF = tl.constexpr(float("inf"))
-# Rows of the kernels' scratch: sums over a block (or the least, the largest), and what the gradient needs of a trajectory.
-SUMS = ("tokens", "counted", "zeros", "low", "high", "l", "l_min", "l_max", "ratio", "ratio_max", "approx_kl", "kl",
-        "entropy")  # fmt: skip
+# Rows of the kernels' scratch: what the gradient needs of a trajectory.
 SCALES = ("power", "mean", "log_scale", "policy_scale", "kl_scale", "entropy_scale")
 _SUMS, _SCALES = tl.constexpr(len(SUMS)), tl.constexpr(len(SCALES))
-_PARTIALS = tl.constexpr(32)  # blocks added a step: one a lane, without a word between warps
 # Slices of a batch are aligned or not, lengths are what they are, inputs are there or not: no variant of a kernel for each.
 _ANY = {
     "do_not_specialize_on_alignment": [
@@ -113,64 +99,6 @@ def _trajectory_sums_kernel(
         tl.store(sums_ptr + k * tl.num_programs(0).to(tl.int64) + slot, sums[k])
 
 
-@triton.jit
-def _row(k, offs, blocks, slots, sums_ptr, other):
-    """Row k of `SUMS` of some blocks."""
-    return tl.load(sums_ptr + k * slots + offs, mask=offs < blocks, other=other)
-
-
-@triton.jit
-def _add_weights(blocks, slots, sums_ptr):
-    """(tokens of the policy term, those of weight 0, clipped ones, sum, least and largest l) of one trajectory."""
-    counted = tl.zeros((_PARTIALS,), tl.float64)
-    zeros = tl.zeros((_PARTIALS,), tl.float64)
-    clipped = tl.zeros((_PARTIALS,), tl.float64)
-    sum_l = tl.zeros((_PARTIALS,), tl.float64)
-    l_min = tl.full((_PARTIALS,), _INF, tl.float64)
-    l_max = tl.full((_PARTIALS,), -_INF, tl.float64)
-    for first in range(0, blocks, _PARTIALS):
-        offs = first + tl.arange(0, _PARTIALS)
-        counted += _row(1, offs, blocks, slots, sums_ptr, 0.0)
-        zeros += _row(2, offs, blocks, slots, sums_ptr, 0.0)
-        clipped += _row(3, offs, blocks, slots, sums_ptr, 0.0) + _row(4, offs, blocks, slots, sums_ptr, 0.0)
-        sum_l += _row(5, offs, blocks, slots, sums_ptr, 0.0)
-        l_min = tl.minimum(l_min, _row(6, offs, blocks, slots, sums_ptr, _INF))
-        l_max = tl.maximum(l_max, _row(7, offs, blocks, slots, sums_ptr, -_INF))
-    return (
-        tl.sum(counted, axis=0), tl.sum(zeros, axis=0), tl.sum(clipped, axis=0), tl.sum(sum_l, axis=0),
-        tl.min(l_min, axis=0), tl.max(l_max, axis=0),
-    )  # fmt: skip
-
-
-@triton.jit
-def _add_metrics(blocks, slots, sums_ptr):
-    """(tokens, clipped below, clipped above, KL, entropy, ratio, largest ratio, approx_kl) of one trajectory: not needed for p."""
-    n = tl.zeros((_PARTIALS,), tl.float64)
-    low = tl.zeros((_PARTIALS,), tl.float64)
-    high = tl.zeros((_PARTIALS,), tl.float64)
-    ratio = tl.zeros((_PARTIALS,), tl.float64)
-    ratio_max = tl.zeros((_PARTIALS,), tl.float64)
-    approx_kl = tl.zeros((_PARTIALS,), tl.float64)
-    kl = tl.zeros((_PARTIALS,), tl.float64)
-    entropy = tl.zeros((_PARTIALS,), tl.float64)
-    for first in range(0, blocks, _PARTIALS):
-        offs = first + tl.arange(0, _PARTIALS)
-        n += _row(0, offs, blocks, slots, sums_ptr, 0.0)
-        low += _row(3, offs, blocks, slots, sums_ptr, 0.0)
-        high += _row(4, offs, blocks, slots, sums_ptr, 0.0)
-        ratio += _row(8, offs, blocks, slots, sums_ptr, 0.0)
-        ratio_max = tl.maximum(ratio_max, _row(9, offs, blocks, slots, sums_ptr, 0.0))
-        approx_kl += _row(10, offs, blocks, slots, sums_ptr, 0.0)
-        kl += _row(11, offs, blocks, slots, sums_ptr, 0.0)
-        entropy += _row(12, offs, blocks, slots, sums_ptr, 0.0)
-    total, largest = tl.sum(ratio, axis=0), tl.max(ratio_max, axis=0)
-    largest = tl.where(total == total, largest, total)  # a maximum passes over NaN
-    return (
-        tl.sum(n, axis=0), tl.sum(low, axis=0), tl.sum(high, axis=0), tl.sum(kl, axis=0), tl.sum(entropy, axis=0), total,
-        largest, tl.sum(approx_kl, axis=0),
-    )  # fmt: skip
-
-
 @triton.jit(**_ANY)
 def _trajectory_power_kernel(
     advantages_ptr, cu_seqlens_ptr, power_ptr, target_ess_ptr, l_ptr, sums_ptr, scales_ptr, stats_ptr,
@@ -189,7 +117,7 @@ def _trajectory_power_kernel(
     ess_rule = (scalar(rule), scalar(power_min), scalar(power_max), scalar(full_clip_fraction), scalar(ess_sharpness),
                 scalar(ess_floor))  # fmt: skip
 
-    counted, zeros, clipped, sum_l, l_min, l_max = _add_weights(blocks, slots, sums_ptr)
+    counted, zeros, clipped, sum_l, l_min, l_max = add_weights(blocks, slots, sums_ptr)
     k = tl.maximum(counted, 1.0)
     alive = counted - zeros
     has_zero = zeros > 0
@@ -208,7 +136,7 @@ def _trajectory_power_kernel(
     log_mean, deficit, _ = moments(p, mean, x_min, x_max, has_zero, k, start, stop, l_ptr, STEP)
 
     # what p does not need comes after it, because registers are full before
-    count, low, high, kl, entropy, ratio_sum, ratio_max, approx_kl = _add_metrics(blocks, slots, sums_ptr)
+    count, low, high, kl, entropy, ratio_sum, ratio_max, approx_kl = add_metrics(blocks, slots, sums_ptr)
     A = tl.load(advantages_ptr + i).to(tl.float64)
     n = tl.maximum(count, 1.0)
     share = counted / n
