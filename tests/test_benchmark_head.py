@@ -296,6 +296,40 @@ def test_head_writes_its_files_and_overwrites_none(tmp_path: Path, monkeypatch: 
     assert json.loads((tmp_path / f"{stem}.json").read_text()) == content
 
 
+def test_head_keeps_what_it_has_measured_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt in the second round: every row is checked and has the times of the first."""
+    monkeypatch.setattr(head, "head_rows", few_rows)
+    timed, time = [], HeadBench.time
+
+    def interrupted(bench: HeadBench, f: Callable[..., Tensor]) -> Times:
+        timed.append(f)
+        if timed.count(timed[0]) == (2 if DEVICE == "cpu" else 3):  # a GPU has a round more to warm up
+            raise KeyboardInterrupt
+        return time(bench, f)
+
+    monkeypatch.setattr(HeadBench, "time", interrupted)
+    result = runner.invoke(head.app, [*ARGUMENTS, "--out", str(tmp_path)])
+    assert result.exit_code != 0
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    assert content["complete"] is False
+    assert [len(next(iter(row["timings"].values()))["samples"]) for row in content["results"]] == [1] * len(set(timed))
+    assert content["ratios"]
+
+
+@pytest.mark.parametrize(("suite", "cases"), [("main", 1), ("more", len(head.suite(DEVICE)) - 1)])
+def test_head_rehearses_a_part_of_its_cases(
+    suite: str, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "head_rows", few_rows)
+    arguments = ["--suite", suite, "--tiny", "--repeats", "1", "--no-compile", "--no-memory", "--out", str(tmp_path)]
+    result = runner.invoke(head.app, arguments)
+    assert result.exit_code == 0, result.output
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(found) == cases
+    assert {(c["case"]["model"], c["case"]["vocab"], c["complete"]) for c in found} == {("tiny", 320, True)}
+
+
 def check_ratios(content: dict[str, Any], rows: dict[str, Any]) -> None:
     """They follow from the times and sizes that are written beside them."""
     found = {ratio["name"]: ratio for ratio in content["ratios"]}
