@@ -69,7 +69,7 @@ arguments() { # of the commands above
 }
 
 prepare() {
-  set -e
+  set -eo pipefail
   [ -z "$WHEELS" ] || "$PYTHON" -m pip install --no-index --no-deps --target "$PEERS" "$WHEELS"/*.whl
   if ((DRY)); then echo "stand-in for nvidia-smi: no GPU"; else nvidia-smi || echo "no nvidia-smi"; fi
   "$PYTHON" -m pmpo_kernels info --json | tee "$RESULTS/info.json"
