@@ -25,16 +25,16 @@ steps() {
   step prepare 15 bash -c prepare
   step smoke 45 "${tests[@]}" "${smoke[@]}" || return
   step stages 30 "$PYTHON" benchmarks/stages.py "${out[@]}" "${tiny_stages[@]}"
-  step run 40 "$PYTHON" benchmarks/run.py --suite main "${out[@]}" "${tiny[@]}"
+  step run 55 "$PYTHON" benchmarks/run.py --suite main "${out[@]}" "${tiny[@]}"
   step head 45 "$PYTHON" benchmarks/head.py --suite main --no-compile "${out[@]}" "${tiny_head[@]}"
   step sweep 30 "$PYTHON" benchmarks/sweep.py "${out[@]}" "${tiny_sweep[@]}"
   step cases 45 "$PYTHON" benchmarks/run.py --suite more --no-compile --repeats 5 "${out[@]}" "${tiny[@]}"
-  step tests 70 "${tests[@]}" "${kernels[@]}"
+  step tests 65 "${tests[@]}" "${kernels[@]}"
   step large 20 "${alone[@]}" tests/test_gpu.py -k "$LARGE"
   step verify 15 "$PYTHON" -m pmpo_kernels verify "${tiny_verify[@]}"
   step head-more 45 "$PYTHON" benchmarks/head.py --suite more --no-compile "${out[@]}" "${tiny_head[@]}"
   step memcheck 90 bash -c 'sanitize memcheck'
-  step properties 85 "${tests[@]}" "${properties[@]}"
+  step properties 75 "${tests[@]}" "${properties[@]}"
   step racecheck 90 bash -c 'sanitize racecheck'
   step soak 60 "$PYTHON" benchmarks/soak.py "${soak[@]}" --out "$RESULTS/soak.json" "${overwrite[@]}"
 }

@@ -10,6 +10,7 @@ from head_rows import FLOOR, LIGER_NLL, OURS, TORCH_NLL, HeadVariant
 from peers import LIGER, TRL, versions
 from rich.table import Table
 from rich.text import Text
+from targets import HEAD_HALF_OVER_FULL, HEAD_LIGER_OVER_OURS, HEAD_MEMORY, HEAD_OVER_PRODUCTS
 
 from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import LIMITS, HeadCase
@@ -92,22 +93,27 @@ class HeadReport:
 
         whole = self.case.clipped <= 0.05 and self.case.zero_advantage == 0
         if self.over_products is not None:
-            add(f"time over {self.floor}", self.over_products, 1.10 if cuda and whole else None)
+            add(f"time over {self.floor}", self.over_products, HEAD_OVER_PRODUCTS if cuda and whole else None)
         if EAGER.name in self.timed:
             add("time over eager PyTorch", mine / self.timed[EAGER.name].both.median, None if cuda else 1.0)
-        for name, target in ((LIGER, 2.0 if cuda else None), (TRL, None), (LIGER_NLL, None), (TORCH_NLL, None)):
+        for name, target in (
+            (LIGER, HEAD_LIGER_OVER_OURS if cuda else None),
+            (TRL, None),
+            (LIGER_NLL, None),
+            (TORCH_NLL, None),
+        ):
             if name in self.timed:
                 add(f"{name} over ours, time", self.timed[name].both.median / mine, target, at_least=True)
         if LIGER in self.timed:
             work = self.timed[LIGER].both.median * self.tokens / (self.case.batch * self.case.tokens)
             add(f"{LIGER} over ours, time a token in the products (it has padding among them)", work / mine, None, True)
         if not whole and full is not None and full.over_products is not None and self.over_products is not None:
-            target = 0.6 if self.case.zero_advantage >= 0.5 else None
+            target = HEAD_HALF_OVER_FULL if self.case.zero_advantage >= 0.5 else None
             add("time over the full case", self.over_products / full.over_products, target)
         peak = self.rows[OURS].peak_bytes
         if peak is not None:
             least = self.chunk * self.case.row_bytes + self.case.gradient_bytes
-            add("peak memory over logits of a chunk + gradients", peak / least, 1.0 if cuda else None)
+            add("peak memory over logits of a chunk + gradients", peak / least, HEAD_MEMORY if cuda else None)
             eager = self.rows[EAGER.name].peak_bytes if EAGER.name in self.rows else None
             if eager is not None:
                 add("peak memory over eager PyTorch", peak / eager, None if cuda else 0.25)

@@ -142,7 +142,9 @@ def test_one_chunk_of_logits_at_a_time(kind: str) -> None:
     assert size > 2 * temporaries
     assert peak(chunk) <= buffers * size + gradients + temporaries + small
     assert peak(N) > buffers * N * V * dtype.itemsize  # the measurement sees logits
-    if kind == "bfloat16":  # of one chunk no float32 sum; on one thread, because each one has memory of its own in a product
+    if (
+        kind == "bfloat16"
+    ):  # of one chunk no float32 sum; on one thread, because each one has memory of its own in a product
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

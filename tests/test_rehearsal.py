@@ -272,6 +272,8 @@ def test_a_killed_call_leaves_what_was_finished(stand_in: StandIn, name: str) ->
     process = subprocess.Popen(
         [str(SCRIPT)], env=environment(stand_in.folder, stand_in.python, **variables), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # a shell starts what is in its background without this signal, and a script cannot take it back
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     until = time.monotonic() + 60
     while not (stand_in.folder / "calls.hanging").exists():
