@@ -22,7 +22,7 @@ DRY_LIMIT=60 # seconds of each step of a rehearsal
 
 # The table: name, limit in seconds, command.
 steps() {
-  step prepare 15 bash -c prepare
+  step prepare 20 bash -c prepare
   step smoke 45 "${tests[@]}" "${smoke[@]}" || return
   step stages 30 "$PYTHON" benchmarks/stages.py "${out[@]}" "${tiny_stages[@]}"
   step run 55 "$PYTHON" benchmarks/run.py --suite main "${out[@]}" "${tiny[@]}"
@@ -34,7 +34,7 @@ steps() {
   step verify 15 "$PYTHON" -m pmpo_kernels verify "${tiny_verify[@]}"
   step head-more 45 "$PYTHON" benchmarks/head.py --suite more --no-compile "${out[@]}" "${tiny_head[@]}"
   step memcheck 90 bash -c 'sanitize memcheck'
-  step properties 75 "${tests[@]}" "${properties[@]}"
+  step properties 70 "${tests[@]}" "${properties[@]}"
   step racecheck 90 bash -c 'sanitize racecheck'
   step soak 60 "$PYTHON" benchmarks/soak.py "${soak[@]}" --out "$RESULTS/soak.json" "${overwrite[@]}"
 }
@@ -48,7 +48,7 @@ arguments() { # of the commands above
   tests=("$PYTHON" -m pytest -v --at-once --durations 10)
   alone=("${tests[@]}")
   smoke=(tests/test_{gpu,triton,loss,linear}.py -k "$quick or (agrees_with_float64 and triton and pmpo)")
-  kernels=(tests -k "(triton or gpu) and not ($LARGE)" "${left_out[@]/#/--ignore=}")
+  kernels=(tests -k "(triton or gpu) and not ($LARGE or settings_of_the_sweep)" "${left_out[@]/#/--ignore=}")
   properties=("${trusted[@]}" -k "triton or gpu or thread")
   out=(--out "$RESULTS" "${overwrite[@]}")
   soak=(--impl triton --steps 2000)
@@ -143,7 +143,7 @@ finish() {
     wait "$child"
   fi
   [ -z "$stopped" ] || note call "stopped by $stopped" "$SECONDS"
-  "$PYTHON" benchmarks/targets.py "$RESULTS" 2>&1 | tee "$RESULTS/targets.txt"
+  "$PYTHON" benchmarks/targets.py "$RESULTS" --since "$STARTED" 2>&1 | tee "$RESULTS/targets.txt"
   pack || ended+=("archive: not written")
   rm -rf "$PEERS"
   if ((${#ended[@]})); then
@@ -186,8 +186,10 @@ for limit in ${LIMITS:-}; do
   limits[${limit%=*}]=${limit#*=}
 done
 
-[ -n "${PYTHON:-}" ] || PYTHON=$(command -v .venv/bin/python || command -v python || command -v python3) ||
-  fail "expected a Python interpreter on PATH or in PYTHON, got none"
+for name in .venv/bin/python python python3; do
+  [ -n "${PYTHON:-}" ] || ! "$name" -c 'import torch' 2>/dev/null || PYTHON=$(command -v "$name")
+done
+[ -n "${PYTHON:-}" ] || fail "expected a Python interpreter with PyTorch on PATH or in PYTHON, got none"
 if ((DRY)); then
   export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES="" HIP_VISIBLE_DEVICES=""
   RESULTS=${RESULTS:-$PWD/out/gpu-dry}
@@ -221,7 +223,7 @@ mkdir -p "$RESULTS" "$(dirname "$ARCHIVE")" || fail "expected RESULTS and ARCHIV
 PEERS=$(mktemp -d)
 export DRY PYTHON RESULTS WHEELS PEERS PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PEERS${PYTHONPATH:+:$PYTHONPATH}"
 export -f prepare sanitize
-ended=() child="" stopped=""
+ended=() child="" stopped="" STARTED=$(date +%s)
 for signal in INT TERM HUP; do
   # shellcheck disable=SC2064 # the name as it is now
   trap "stopped=$signal; exit 1" "$signal"

@@ -235,15 +235,15 @@ def main(
     """Time each stage alone: of the Triton kernels, in bfloat16, or of the C++ kernels, in both dtypes, with one thread and
     with all. The exit code is 1 if a result of Triton is wrong."""
     triton = impl is Impl.triton or (impl is None and torch.cuda.is_available())
-    status = available_impls()[(impl or (Impl.triton if triton else Impl.cpp)).value]
-    if not status.startswith(USABLE):
-        raise typer.BadParameter(
-            f"expected an implementation that runs here, got one that does not: {status}", param_hint="--impl"
-        )
     if tiny and not triton:
         raise typer.BadParameter(
             "expected --impl triton with it, got cpp, whose shapes are --vocab, --batch and --tokens",
             param_hint="--tiny",
+        )
+    status = available_impls()[(impl or (Impl.triton if triton else Impl.cpp)).value]
+    if not status.startswith(USABLE):
+        raise typer.BadParameter(
+            f"expected an implementation that runs here, got one that does not: {status}", param_hint="--impl"
         )
     files = {kind: out / f"stages{'-triton' if triton else ''}.{kind}" for kind in ("json", "png")}
     check_files(list(files.values()), overwrite)

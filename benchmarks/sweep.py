@@ -209,9 +209,7 @@ def main(
                 times = [f"{spread.median:.4g} ({spread.q1:.4g}-{spread.q3:.4g})" for spread in found]
                 table.add_row(*cells, *times, f"{rate:,.0f}")
                 results.append(entry | {"ms": asdict(mine), "default_ms": asdict(default), "gigabytes_a_second": rate})
-            part = path.with_suffix(".part")
-            write_json({**header, "results": results}, part)
-            part.replace(path)
+            write_json({**header, "results": results}, path)
     except KeyboardInterrupt:
         print(f"interrupted after {len(results)} of {len(planned)} settings")
         raise typer.Exit(130) from None

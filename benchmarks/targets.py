@@ -8,10 +8,11 @@ python benchmarks/targets.py benchmarks/results/<machine>
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import typer
 
 Content = dict[str, Any]
 MODEL = "qwen2.5"  # V = 151,936
@@ -159,18 +160,19 @@ TARGETS = (
 )  # fmt: skip
 
 
-def load(folder: Path) -> Results:
-    """What there is of a call of `gpu.sh`, finished or not."""
+def load(folder: Path, since: float = 0) -> Results:
+    """What there is of a call of `gpu.sh`, finished or not; what was written before `since` is marked."""
 
     def cases(pattern: str) -> list[Content]:
         found = []
         for path in sorted(folder.glob(pattern)):
             content = json.loads(path.read_text())
             for case in content.get("cases", [content]):
-                found.append(case | {"devices": content["devices"]})
+                found.append(case | {"devices": content["devices"], "earlier": path.stat().st_mtime < since})
         return found
 
-    return Results(cases("run-*.json") + cases("stages-triton.json"), cases("head-*.json"))
+    # of a case in both, the stages' own file: that of `run.py` may have been cut before it had figures
+    return Results(cases("stages-triton.json") + cases("run-*.json"), cases("head-*.json"))
 
 
 def state(target: Target, results: Results) -> tuple[str, str]:
@@ -180,7 +182,8 @@ def state(target: Target, results: Results) -> tuple[str, str]:
         return "-", "not measured"
     if "cuda:0" not in content["devices"] or content["case"]["model"] != MODEL:
         return target.show(value), "rehearsal, no result"
-    return target.show(value), "met" if target.met(value) else "NOT MET"
+    of = " (of an earlier call)" if content["earlier"] else ""
+    return target.show(value), ("met" if target.met(value) else "NOT MET") + of
 
 
 def listed() -> list[str]:
@@ -188,9 +191,14 @@ def listed() -> list[str]:
     return [f"- {target.name}: {target.bound}" for target in TARGETS]
 
 
-def main(folder: Path) -> None:
-    """A line each."""
-    results = load(folder)
+def main(
+    folder: Annotated[Path, typer.Argument(file_okay=False, exists=True, help="Results of gpu.sh.")],
+    since: Annotated[
+        float, typer.Option(help="Seconds since 1970; what was written before is of an earlier call.")
+    ] = 0,
+) -> None:
+    """The targets, a line each: target, measured, met or not."""
+    results = load(folder, since)
     gpus = {content["devices"].get("cuda:0", "no GPU") for content in results.runs + results.heads}
     print(f"Targets, {' and '.join(sorted(gpus)) or 'nothing measured'}:")
     for target in TARGETS:
@@ -199,4 +207,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    typer.run(main)

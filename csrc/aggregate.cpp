@@ -103,8 +103,10 @@ void write(const Totals& found, const Tensor& loss, const Tensor& metrics) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate(
     const Tensor& stats, const std::optional<Tensor>& denominator, const std::optional<Tensor>& largest,
     const std::optional<Tensor>& skipped, const std::vector<double>& options, ScalarType dtype) {
-  expect(stats.dim() == 2 && stats.size(0) == NUM_STATS, "stats: expected shape (" + std::to_string(NUM_STATS) + ", B)");
-  expect(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype: expected float32 or float64");
+  expect(
+      stats.dim() == 2 && stats.size(0) == NUM_STATS && stats.scalar_type() == ScalarType::Double,
+      "stats: expected float64 of shape (" + std::to_string(NUM_STATS) + ", B)");
+  expect(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype: expected float32 or float64, got another");
   const int64_t B = stats.size(1);
   const Tensor stats64 = argument("stats", stats, ScalarType::Double, NUM_STATS * B);
   const std::optional<Tensor> D = argument("denominator", denominator, ScalarType::Double, 1),

@@ -369,7 +369,7 @@ def _aggregation_of_logits(dtype: torch.dtype, config: LossConfig) -> Aggregatio
 
 
 def _aggregation_of_logp(logp: Tensor, entropy: Tensor | None, config: LossConfig) -> Aggregation:
-    """With the limit where each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
+    """With a limit within which each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
     largest = torch.finfo(logp.dtype).max
     if entropy is None:
         return Aggregation.of(config, largest)

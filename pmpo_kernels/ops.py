@@ -140,10 +140,15 @@ def check_operands(name: str, args: tuple[Any, ...]) -> None:
                 f"stats: expected float64 of shape ({len(STATS)}, B), got {first.dtype} {tuple(first.shape)}"
             )
         trajectories = first.shape[1]
+        if given["dtype"] not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype: expected float32 or float64, got {given['dtype']}")
     for argument, x in given.items():
         if not isinstance(x, Tensor):
             continue
-        wanted = tokens if argument in OF_TOKENS else trajectories if argument in OF_TRAJECTORIES else x.numel()
+        if "stats" in given and argument in ("denominator", "largest"):
+            wanted = 1
+        else:
+            wanted = tokens if argument in OF_TOKENS else trajectories if argument in OF_TRAJECTORIES else x.numel()
         if x.numel() != wanted:
             raise ValueError(f"{argument}: expected {wanted} elements, got {x.numel()}")
         if argument.endswith(("mask", "skipped")) and x.dtype != torch.bool:

@@ -156,7 +156,8 @@ class Projection:
         return torch.exp2(-torch.stack(sizes).amax().log2().ceil().clamp(-120, 120))
 
     def back(self, rows: Tensor, h: Tensor, scale: Tensor | None) -> None:
-        """Add the products of the gradient that stands in the first rows of `z`, of tokens `rows` with hidden states `h`.
+        """Add the products of the gradient that stands in the first rows of `z`, of tokens `rows` with hidden states `h`, which
+        it writes over.
 
         `scale` is what that gradient was multiplied by, None for 1.
         """
@@ -165,14 +166,14 @@ class Projection:
             for block in self._blocks(len(rows)):  # the slope of c tanh(s x / c): s (1 - tanh^2)
                 tanh = self._tanh(self.product[block], self.cap)
                 g[block] = tanh.square_().neg_().add_(1).mul_(self.head.logit_scale).mul_(g[block])
-        if self.head.gradients[0]:
-            dh = torch.mm(g, self.weight).to(self.dhidden.dtype)
-            self.dhidden[self._at(rows)] = dh if scale is None else dh / scale
         if self.head.gradients[2]:
             db = g.sum(0, dtype=self.dbias.dtype)
             self.dbias += db if scale is None else db / scale
         if self.head.gradients[1]:
             self._add_weight(g.t(), h, scale)
+        if self.head.gradients[0]:
+            dh = torch.mm(g, self.weight, out=h).to(self.dhidden.dtype)
+            self.dhidden[self._at(rows)] = dh if scale is None else dh / scale
 
     def _add_weight(self, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
         """dweight (V, H) = g h / scale, or after the first += it. 16-bit products are summed up in float32: by the product itself

@@ -12,11 +12,14 @@ import torch
 from bad_calls import GAP, Call, Row
 
 from pmpo_kernels import LossConfig
+from pmpo_kernels.aggregate import Aggregation
+from pmpo_kernels.config import STATS
 from pmpo_kernels.ops import NAMES, stage
 
 B, T, V = 2, 3, 5
 OPTIONS = list(LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False))
 Z, IDS, ONE = torch.zeros(B, T, V), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T)
+TERMS = Aggregation.of(LossConfig.grpo())
 FLAT, OFFSETS, EACH = torch.zeros(B * T), torch.tensor([0, 3, 6]), torch.ones(B)
 GOOD: dict[str, dict[str, Any]] = {
     "token_logp": {"logits": Z, "token_ids": IDS, "temperature": 1.0},
@@ -31,6 +34,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "trajectory": {"logp": FLAT, "advantages": EACH, "cu_seqlens": OFFSETS, "options": OPTIONS},
     "solve_power": {"log_weights": FLAT, "cu_seqlens": OFFSETS, "target_ess": EACH, "power_max": 1.0},
+    "aggregate": {"stats": torch.zeros(len(STATS), B).double(), "options": list(TERMS), "dtype": torch.float32},
     "scale_": {"gradient": torch.zeros(B, T), "factor": torch.ones(())},
 }
 GOOD["dlogits_"] = GOOD["dlogits"]
@@ -48,6 +52,7 @@ PER_TOKEN = {
     "dlogits": ["mask", "row_max", "row_sum", "entropy", "dlogp", "dentropy"],
     "trajectory": ["old_logp", "mask", "ref_logp", "rollout_weights", "entropy", "policy_mask"],
     "solve_power": ["mask"],
+    "aggregate": [],
     "scale_": [],
 }
 PER_TOKEN["dlogits_"] = PER_TOKEN["dlogits"]
@@ -71,6 +76,19 @@ def rows_of(name: str) -> Iterator[tuple[dict[str, Any], str]]:
         wide = torch.zeros(B, V, T).transpose(1, 2)
         yield {"logits": wide}, f"logits: expected stride 1 in the vocabulary dimension{GAP}"
         yield {"logits": Z.long()}, f"logits: expected {GAP}dtype{GAP}"
+    elif name == "aggregate":
+        stats = f"stats: expected float64 of shape ({len(STATS)}, B){GAP}"
+        for bad in (
+            torch.zeros(len(STATS), B),
+            torch.zeros(len(STATS) - 1, B).double(),
+            torch.zeros(len(STATS)).double(),
+        ):
+            yield {"stats": bad}, stats
+        for argument in ("denominator", "largest"):
+            for size in (0, 2):
+                yield {argument: torch.ones(size).double()}, f"{argument}: expected 1 elements, got {size}"
+        yield {"skipped": torch.zeros(B + 1, dtype=torch.bool)}, f"skipped: expected {B} elements, got {B + 1}"
+        yield {"dtype": torch.bfloat16}, f"dtype: expected float32 or float64, got {GAP}"
     elif name == "scale_":
         contiguous = f"gradient: expected a contiguous floating-point tensor, got {GAP}"
         for bad in (Z[0].t(), IDS):
@@ -91,6 +109,7 @@ def rows() -> Iterator[Row]:
         for impl in IMPLS[name]:
             yield from (Row(f"{name}.{impl}", change, ValueError, message) for change, message in rows_of(name))
     yield Row("trajectory.cpp", {"options": OPTIONS[:-1]}, ValueError, "options: expected those of TrajectoryOptions")
+    yield Row("aggregate.cpp", {"options": TERMS[:-1]}, ValueError, "options: expected those of Aggregation")
     for name, impl in (
         ("token_logp", "triton"),
         ("dlogits", "triton"),

@@ -54,6 +54,7 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
     )  # fmt: skip
     D, skipped = (stats.new_ones(()), flat[:B] == 0) if optional else (None, None)
     stages.aggregate(stats, D, D, skipped, Aggregation.of(config), torch.float32)
+    stages.scale_(torch.zeros(N), flat[:1])  # a view of several factors begins anywhere
     stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ def test_what_is_missing_is_not_measured(tmp_path: Path) -> None:
     }
     del cut["head-main.json"]["ratios"], cut["run-gspo.json"], cut["stages-triton.json"]
     assert states(tmp_path, cut) == [("-", "not measured")] * len(MET)
+
+
+def test_results_of_an_earlier_call_are_told_apart(tmp_path: Path) -> None:
+    states(tmp_path, results(MET))
+    os.utime(tmp_path / "head-main.json", (1000, 1000))
+    found = [targets.state(target, targets.load(tmp_path, since=2000)) for target in targets.TARGETS]
+    of_head = [target.name.startswith("LM head: ") for target in targets.TARGETS]
+    assert [met for _, met in found] == ["met (of an earlier call)" if head else "met" for head in of_head]
+
+
+def test_a_case_that_was_cut_hides_no_stage(tmp_path: Path) -> None:
+    """`run.py` writes a case before it has figures; `stages.py` may have those of the same case."""
+    cut = {"case": FIELDS | {"preset": "pmpo", "batch": 2, "clipped": 0.05}, "devices": GPU, "results": []}
+    assert states(tmp_path, results(MET) | {"run-pmpo.json": cut})[3][1] == "met"
 
 
 @pytest.mark.parametrize(

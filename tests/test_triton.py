@@ -155,6 +155,7 @@ def test_no_further_compiles_over_lengths() -> None:
     assert found["all"] == {
         "_dlogits_bwd_kernel": 6, "_token_logp_fwd_kernel": 4, "_token_logp_merge_kernel": 2, "_aggregate_fwd_kernel": 1,
         "_trajectory_sums_kernel": 1, "_trajectory_power_kernel": 1, "_trajectory_gradient_kernel": 1,
+        "_scale_bwd_kernel": 1,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ BLOCK, NUM_WARPS = 4096, 8  # 32 bytes a thread and step of a 16-bit gradient, a
 PROGRAMS = 8  # a multiprocessor: 2,048 threads
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["factor_ptr"])
 def _scale_bwd_kernel(gradient_ptr, factor_ptr, count: tl.int64, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1:
