@@ -34,7 +34,7 @@ from under_way import WIDTH, is_load, size_of, under_way
 
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.cli.bench import check_files
-from pmpo_kernels.config import STATS
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.triton.launch import (
     BLOCK_THREADS,
     BLOCK_TOKENS,

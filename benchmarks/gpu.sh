@@ -75,7 +75,7 @@ prepare() {
   "$PYTHON" -m pmpo_kernels info --json | tee "$RESULTS/info.json"
   "$PYTHON" -c '
 import torch
-from pmpo_kernels.projection import adds_to_float32
+from pmpo_kernels.linear.projection import adds_to_float32
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("addmm adds bfloat16 products to a float32 sum:", adds_to_float32(device, torch.bfloat16))'
 }

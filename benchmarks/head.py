@@ -48,7 +48,7 @@ from pmpo_kernels.benchmarking.memory import peak_allocated, peak_resident
 from pmpo_kernels.benchmarking.report import Report, accuracy_table, wide_console, write_json
 from pmpo_kernels.benchmarking.traffic import model_bytes
 from pmpo_kernels.cli.bench import check_files, check_memory
-from pmpo_kernels.projection import adds_to_float32
+from pmpo_kernels.linear.projection import adds_to_float32
 
 HIDDEN = {"qwen2.5": 3584, "smollm2": 576, "ministral": 4096}
 USUAL = {"cpu": ("smollm2", "float32", 8, 512, 3), "cuda": ("qwen2.5", "bfloat16", 6, 4096, 5)}
@@ -133,7 +133,7 @@ def peak(case: HeadCase, variant: HeadVariant, bench: HeadBench, f: Callable[...
 
 def largest_chunk(case: HeadCase, inputs: HeadInputs, limit: int | None) -> int:
     """Tokens in the largest chunk of `linear_pmpo_loss` with at most `limit`, or its default."""
-    from pmpo_kernels.chunks import default_chunk_tokens, pack
+    from pmpo_kernels.linear.chunks import default_chunk_tokens, pack
 
     lengths = [n for n, a in zip(inputs.mask.sum(1).tolist(), inputs.advantages.tolist(), strict=True) if a]
     limit = limit or default_chunk_tokens(max(lengths, default=0), case.row_bytes, inputs.hidden.device)

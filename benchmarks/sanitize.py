@@ -16,13 +16,14 @@ from torch import Tensor
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
 from pmpo_kernels import triton as stages
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.impls import interpreted
 
 CONFIGS = {"pmpo": LossConfig.pmpo(entropy_coef=0.01, beta=0.1), "gspo": LossConfig.gspo()}
 TERMS = LossConfig.pmpo(entropy_coef=0.01, beta=0.1, temperature=0.7, dual_clip=2.0)
 
 
-class Batch(NamedTuple):
+class Case(NamedTuple):
     """Four trajectories of up to T tokens."""
 
     logits: Tensor
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
     mask: Tensor
 
 
-def make_batch(V: int, T: int, dtype: torch.dtype, device: str) -> Batch:
+def make_batch(V: int, T: int, dtype: torch.dtype, device: str) -> Case:
     B = 4
     generator = torch.Generator(device).manual_seed(0)
     logits = (2 * torch.randn(B, T, V, generator=generator, device=device)).to(dtype)
@@ -42,7 +43,7 @@ def make_batch(V: int, T: int, dtype: torch.dtype, device: str) -> Batch:
     old_logp, ref_logp = (logp + 0.3 * torch.randn(B, T, generator=generator, device=device) for _ in range(2))
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0], device=device)
     mask = torch.rand(B, T, generator=generator, device=device) > 0.2
-    return Batch(logits, token_ids, old_logp, ref_logp, advantages, mask)
+    return Case(logits, token_ids, old_logp, ref_logp, advantages, mask)
 
 
 def finite(loss: Tensor, *leaves: Tensor) -> None:
@@ -75,7 +76,7 @@ def run(V: int, T: int, dtype: torch.dtype, packed: bool, inplace: bool, config:
     finite(out.loss, logits)
 
 
-def loss(batch: Batch, config: LossConfig | None = None, **options: object) -> None:
+def loss(batch: Case, config: LossConfig | None = None, **options: object) -> None:
     logits = batch.logits.requires_grad_()
     out = pmpo_loss(
         logits,
@@ -90,13 +91,13 @@ def loss(batch: Batch, config: LossConfig | None = None, **options: object) -> N
     finite(out.loss, logits)
 
 
-def without_options(batch: Batch) -> None:
+def without_options(batch: Case) -> None:
     logits = batch.logits.requires_grad_()
     out = pmpo_loss(logits, batch.token_ids, None, batch.advantages, config=LossConfig.grpo(), impl="triton")
     finite(out.loss, logits)
 
 
-def more_positions(batch: Batch) -> None:
+def more_positions(batch: Case) -> None:
     """T + 1 positions of rows that are wider, and begin where no row of the batch does."""
     B, T, V = batch.logits.shape
     wide = batch.logits.new_zeros(B, T + 1, V + 8)
@@ -104,7 +105,7 @@ def more_positions(batch: Batch) -> None:
     loss(batch._replace(logits=wide[..., 1 : V + 1].detach()), TERMS, ref_logp=batch.ref_logp)
 
 
-def long_trajectories(batch: Batch) -> None:
+def long_trajectories(batch: Case) -> None:
     """One token more than some blocks, and a step, of the trajectory kernels, between two short trajectories, from log-probs."""
     N = 1025 + 4
     logp, old_logp, ref_logp, entropy = torch.linspace(-1, 1, 4 * N, device=batch.logits.device).view(4, N)
@@ -116,13 +117,13 @@ def long_trajectories(batch: Batch) -> None:
     finite(out.loss, *leaves)
 
 
-def log_probs_alone(batch: Batch) -> None:
+def log_probs_alone(batch: Case) -> None:
     logits = batch.logits.requires_grad_()
     out = token_logp(logits, batch.token_ids, mask=batch.mask, temperature=0.7, impl="triton")
     finite(out.logp.sum() + out.entropy.sum(), logits)
 
 
-def linear(batch: Batch) -> None:
+def linear(batch: Case) -> None:
     """Through the LM head: the rows of its buffer are wider than the vocabulary, and chunks smaller than a trajectory."""
     B, T, V = batch.logits.shape
     hidden, weight = (torch.ones(*size, 16, device=batch.logits.device, requires_grad=True) for size in ((B, T), (V,)))
@@ -133,7 +134,7 @@ def linear(batch: Batch) -> None:
     finite(0.3 * out.loss, hidden, weight)  # scaled in place
 
 
-def values_that_nobody_checks(batch: Batch) -> None:
+def values_that_nobody_checks(batch: Case) -> None:
     """Ids outside of the vocabulary and offsets outside of the tokens, on a GPU: nothing is read or written there."""
     ids = batch.token_ids.clone()
     ids[:, ::2] = 2**40
@@ -141,10 +142,10 @@ def values_that_nobody_checks(batch: Batch) -> None:
     stages.dlogits(batch.logits, ids, batch.mask, *saved, torch.ones_like(logp), None, 1.0)
     offsets = torch.tensor([-5, 3, 2**40, 7, 2], device=ids.device)
     options = CONFIGS["gspo"].trajectory_options(has_power=False, has_target_ess=False)
-    stages.trajectory(logp.flatten(), None, batch.advantages, None, offsets, *[None] * 6, options)
+    stages.trajectory(logp.flatten(), None, Batch(batch.advantages, offsets), options)
 
 
-FURTHER: dict[str, Callable[[Batch], None]] = {
+FURTHER: dict[str, Callable[[Case], None]] = {
     "every optional input": lambda b: loss(
         b, TERMS, ref_logp=b.ref_logp, rollout_weights=(0.1 * b.ref_logp).exp(), policy_mask=b.ref_logp < b.old_logp
     ),

@@ -31,6 +31,7 @@ from stages_triton import measure_triton
 from suites import TINY_SCALE, rehearsal, solved
 
 from pmpo_kernels import LossConfig, pmpo_loss
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
 from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
@@ -99,7 +100,7 @@ def trajectory_share(repeats: int) -> dict[str, Any]:
     logits = i.logits.clone().requires_grad_()
     logp, _, _, entropy = stage("token_logp", "cpp")(i.logits, i.token_ids, i.mask, 1.0)
     options = list(config.trajectory_options(has_power=False, has_target_ess=False))
-    args = (logp.flatten(), i.old_logp.flatten(), i.advantages, i.mask.flatten(), torch.tensor([0, T]))
+    batch = Batch(i.advantages, torch.tensor([0, T]), old_logp=i.old_logp.flatten(), mask=i.mask.flatten())
     power: list[float] = []
 
     def step() -> None:
@@ -108,9 +109,7 @@ def trajectory_share(repeats: int) -> dict[str, Any]:
         power.append(float(out.power))
 
     functions: Functions = {
-        "trajectory": lambda: stage("trajectory", "cpp")(
-            *args, None, None, entropy.flatten(), None, None, None, options
-        ),
+        "trajectory": lambda: stage("trajectory", "cpp")(logp.flatten(), entropy.flatten(), *batch, options),
         "step": step,
     }
     times = median_times(functions, repeats, lambda: logits.detach().copy_(i.logits))

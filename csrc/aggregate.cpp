@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "stats.h"
+#include "contract.h"
 #include "tensors.h"
 
 namespace pmpo {
@@ -15,23 +14,7 @@ namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-// `Aggregation` of aggregate.py, member for member.
-struct Options {
-  double by_tokens, beta, entropy_coef, limit, entropy_factor;
-
-  explicit Options(const std::vector<double>& values) {
-    expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of Aggregation");
-    std::memcpy(this, values.data(), sizeof(Options));
-  }
-};
-
-// `METRICS` of aggregate.py in its order.
-namespace metric {
-enum Metric {
-  CLIP_FRACTION_LOW, CLIP_FRACTION_HIGH, RATIO_MEAN, APPROX_KL, REF_KL, ENTROPY, POWER_MEAN, ESS, ESS_TARGET, POLICY_LOSS,
-  TOKENS, TRAJECTORIES, RATIO_MAX, POWER_MAX, POWER_MIN, CLIP_FRACTION, NUM_METRICS
-};
-}  // namespace metric
+using Options = AggregateOptions;
 using metric::NUM_METRICS;
 
 // The larger one, NaN if one is.
@@ -115,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate(
   const Tensor loss = torch::stable::new_empty(stats64, {}, dtype), divisor = torch::stable::new_empty(stats64, {});
   const Tensor metrics = torch::stable::new_empty(stats64, {NUM_METRICS}, dtype);
   const Tensor clip_fraction = torch::stable::new_empty(stats64, {B});
-  const Options o(options);
+  const auto o = read_options<Options>(options, "AggregateOptions");
   Totals found = totals(
       data<double>(stats64), data<bool>(left_out), data<double>(D), B, o, mutable_data<double>(clip_fraction));
   const bool overflows =

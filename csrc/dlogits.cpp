@@ -8,14 +8,12 @@
 #include <sys/mman.h>
 #endif
 
+#include "contract.h"
 #include "row_math.h"
 #include "tensors.h"
 
 namespace pmpo {
 namespace {
-
-// `ELSEWHERE` of pmpo_kernels/reference.py: the target is in another rank's part of the vocabulary
-constexpr int64_t elsewhere = -(int64_t{1} << 31);
 
 // Fresh memory comes in pages, and asking the system for each 4 KiB one takes longer than computing what is written
 // there. Large pages are 2 MiB; where the system has none, this changes nothing.
@@ -66,7 +64,7 @@ void write_gradient(
       const T* x = first + b * strides[0] + t * strides[1];
       int64_t id = data<int64_t>(ids)[row];
       if (id < 0 || id >= V) {
-        if (id != elsewhere) g = std::numeric_limits<double>::quiet_NaN();
+        if (id != ELSEWHERE) g = std::numeric_limits<double>::quiet_NaN();
         id = -1;
       }
 

@@ -8,11 +8,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "contract.h"
+
 namespace pmpo {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr int MAX_NEWTON_ITERATIONS = 20;
-constexpr double NEWTON_TOLERANCE = 1e-10;
 
 struct Clipped {
   double d;

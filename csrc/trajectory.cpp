@@ -2,29 +2,22 @@
 // Order and names are those of reference.py.
 
 #include <cmath>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "contract.h"
 #include "power_mean.h"
-#include "stats.h"
 #include "tensors.h"
 
 namespace pmpo {
 namespace {
 
-// `TrajectoryOptions` of config.py, in its order.
-struct Options {
-  double rule, power, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor;
-  Bounds token, sequence;
-  double by_length, length_norm, beta, kl_order, kl_slope_order, kl_weighted, entropy_coef;
+using Options = TrajectoryOptions;
 
-  explicit Options(const std::vector<double>& values) {
-    expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of TrajectoryOptions");
-    std::memcpy(this, values.data(), sizeof(Options));
-  }
-};
-enum Rule { FIXED, RELATIVE, ABSOLUTE, TARGET };  // `Options::rule`, as in config.py
+Bounds token_bounds(const Options& o) { return {o.token_low, o.token_high, o.token_dual, o.token_under}; }
+Bounds sequence_bounds(const Options& o) {
+  return {o.sequence_low, o.sequence_high, o.sequence_dual, o.sequence_under};
+}
 
 // Token arrays (N,), nullptr where not given; the rest is one trajectory's.
 struct Inputs {
@@ -46,7 +39,7 @@ Token token(const Inputs& in, const Options& o, int64_t t) {
   const double logp = in.logp[t];
   // on-policy every ratio is 1, also where logp is -inf
   const double d = in.old_logp ? logp - in.old_logp[t] : logp == -INF ? 0 : logp - logp;
-  const Clipped c = clip_log_ratio(d, in.advantage, o.token);
+  const Clipped c = clip_log_ratio(d, in.advantage, token_bounds(o));
   const double log_v = in.rollout_weights ? std::log(in.rollout_weights[t]) : 0;
   return {true, !in.policy_mask || in.policy_mask[t], d, c.d + log_v, c.below, c.above};
 }
@@ -109,7 +102,7 @@ void compute(
   }
   const Moments at = moments(l, p);
   const double log_m = log_power_mean(l, p, at.log_mean);
-  const Clipped m = clip_log_ratio(log_m, A, o.sequence);
+  const Clipped m = clip_log_ratio(log_m, A, sequence_bounds(o));
   const bool acts = counted > 0 && A != 0 && log_m != -INF;
   const double weight = tokens > 0 ? (o.by_length != 0 ? n : 1) / o.length_norm : 0;
 
@@ -137,14 +130,13 @@ void compute(
 }
 
 std::tuple<Tensor, Tensor, Tensor> trajectory(
-    const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor& advantages,
-    const std::optional<Tensor>& mask, const Tensor& cu_seqlens, const std::optional<Tensor>& ref_logp,
-    const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& entropy,
-    const std::optional<Tensor>& power, const std::optional<Tensor>& target_ess,
-    const std::optional<Tensor>& policy_mask, const std::vector<double>& options) {
+    const Tensor& logp, const std::optional<Tensor>& entropy, const Tensor& advantages, const Tensor& cu_seqlens,
+    const std::optional<Tensor>& old_logp, const std::optional<Tensor>& mask, const std::optional<Tensor>& ref_logp,
+    const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& policy_mask,
+    const std::optional<Tensor>& power, const std::optional<Tensor>& target_ess, const std::vector<double>& options) {
   const int64_t N = logp.numel(), B = advantages.numel();
   constexpr ScalarType Double = ScalarType::Double;
-  const Options o(options);
+  const auto o = read_options<Options>(options, "TrajectoryOptions");
   expect(o.rule != TARGET || target_ess, "target_ess: expected a tensor with this rule of p, got None");
   const Tensor logp64 = argument("logp", logp, Double, N), A = argument("advantages", advantages, Double, B);
   const std::optional<Tensor> old64 = argument("old_logp", old_logp, Double, N),

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.reference import trajectory
 
 
@@ -88,8 +90,9 @@ def _solve(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, con
     """p (B,) by the reference."""
     B, T = logp.shape
     options = config.trajectory_options(has_power=False, has_target_ess=False)
-    flat = (logp.flatten(), old_logp.flatten(), advantages, mask.flatten(), torch.arange(B + 1, device=logp.device) * T)
-    return trajectory(*flat, None, None, None, None, None, None, options)[2][STATS.index("power")]
+    offsets = torch.arange(B + 1, device=logp.device) * T
+    batch = Batch(advantages, offsets, old_logp=old_logp.flatten(), mask=mask.flatten())
+    return trajectory(logp.flatten(), None, batch, options)[2][STATS.index("power")]
 
 
 def _clip(d: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:

@@ -65,8 +65,11 @@ def check_constant(
     return tensor
 
 
-def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
-    """Shapes (B, T, V) or (B, T + 1, V) with (B, T), or (N, V) with (N,); the vocabulary dimension has stride 1."""
+def check_logits(logits: object, token_ids: object, inplace: object) -> None:
+    """Shapes (B, T, V) or (B, T + 1, V) with (B, T), or (N, V) with (N,); the vocabulary dimension has stride 1.
+
+    `inplace` is a bool; True needs rows that overlap neither each other nor themselves in memory.
+    """
     logits, token_ids = check_dense("logits", logits), check_dense("token_ids", token_ids)
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits: expected shape (B, T, V), (B, T + 1, V) or (N, V), got {tuple(logits.shape)}")
@@ -79,7 +82,19 @@ def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
         raise ValueError(f"logits: expected a vocabulary of at least 1, got shape {tuple(logits.shape)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits: expected stride 1 in the vocabulary dimension, got strides {logits.stride()}")
-    return logits, token_ids
+    check_flag("inplace", inplace)
+    if inplace and logits.numel() and overlaps(logits):
+        raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """True if two elements of a tensor may lie at one place in memory."""
+    dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):
+        below = [(s, n) for j, (s, n) in enumerate(dims) if j != i and s <= stride]
+        if stride <= sum(s * (n - 1) for s, n in below):
+            return True
+    return False
 
 
 def check_head(hidden: object, weight: object, bias: object, token_ids: object) -> torch.dtype:
@@ -105,20 +120,6 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
     if bias is not None:
         check_tensor("bias", bias, dtypes=dtypes, device=device, shape=weight.shape[:1])
     return torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
-
-
-def check_inplace(logits: Tensor, inplace: object) -> None:
-    """A bool, of which True needs rows that do not overlap in memory (nor within themselves)."""
-    check_flag("inplace", inplace)
-    if not inplace or not logits.numel():
-        return
-    dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
-    overlapping = False
-    for i, (stride, _) in enumerate(dims):
-        below = [(s, n) for j, (s, n) in enumerate(dims) if j != i and s <= stride]
-        overlapping = overlapping or stride <= sum(s * (n - 1) for s, n in below)
-    if overlapping:
-        raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
 
 
 def check_number(name: str, value: Any) -> float:

@@ -1,11 +1,12 @@
-"""`LossConfig`: every choice of the loss, validated once; `TrajectoryOptions`: the same choices as numbers for the kernels."""
+"""`LossConfig`: every choice of the loss, validated once, and as the numbers that the stages read."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
+from pmpo_kernels.contract import ABSOLUTE, FIXED, RELATIVE, TARGET, AggregateOptions, TrajectoryOptions
 from pmpo_kernels.scalars import expect, finite_number, is_count, is_one_of
 
 ClipMode = Literal["token", "sequence", "none"]
@@ -13,54 +14,6 @@ EssRule = Literal["relative", "absolute"]
 ClipSides = Literal["one", "two"]
 KLEstimator = Literal["k1", "k2", "k3"]
 LossAggMode = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
-
-# `TrajectoryOptions.rule`: where a trajectory's p comes from.
-FIXED, RELATIVE, ABSOLUTE, TARGET = 0, 1, 2, 3
-
-
-class TrajectoryOptions(NamedTuple):
-    """What the `trajectory` stage of every implementation reads; bounds that do not apply are infinite."""
-
-    rule: float
-    power: float
-    power_min: float
-    power_max: float
-    full_clip_fraction: float
-    ess_sharpness: float
-    ess_floor: float
-    token_low: float
-    token_high: float
-    token_dual: float
-    token_under: float
-    sequence_low: float
-    sequence_high: float
-    sequence_dual: float
-    sequence_under: float
-    by_length: float
-    length_norm: float
-    beta: float
-    kl_order: float
-    kl_slope_order: float
-    kl_weighted: float
-    entropy_coef: float
-
-
-STATS = (
-    "tokens",
-    "weight",
-    "policy_loss",
-    "kl",
-    "entropy",
-    "power",
-    "ess",
-    "ess_target",
-    "clipped_low",
-    "clipped_high",
-    "ratio_sum",
-    "ratio_max",
-    "approx_kl",
-)
-"""Rows of the `trajectory` stage's statistics (S, B) float64, in every implementation; sums over a trajectory's tokens."""
 
 TEMPERATURE_RANGE = "a number from 1e-30 to 1e30"
 POWER_LIMIT = 1e30  # beyond it p^2 and p log a overflow float64
@@ -246,7 +199,7 @@ class LossConfig:
         return cls.holder_token(power, **{**cls.ratio_clip(0.2, eps_high), **options})
 
     def trajectory_options(self, *, has_power: bool, has_target_ess: bool) -> TrajectoryOptions:
-        """These options as the numbers the kernels read; `has_power`, `has_target_ess`: p or ESS* is given per trajectory."""
+        """The options of the stage `trajectory`; `has_power` and `has_target_ess` say whether p or ESS* is given per trajectory."""
         if has_power or self.power != "ess":
             rule = FIXED
         elif has_target_ess:
@@ -277,3 +230,8 @@ class LossConfig:
             float(self.kl_bias_correction),
             self.entropy_coef,
         )
+
+    def aggregate_options(self, limit: float = math.inf, entropy_factor: float = 1.0) -> AggregateOptions:
+        """The options of the stage `aggregate`, which describes `limit` and `entropy_factor`."""
+        by_tokens = float(self.loss_agg_mode == "token-mean")
+        return AggregateOptions(by_tokens, self.beta, self.entropy_coef, limit, entropy_factor)

@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import METRICS, Aggregation
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.checks import FLOATS, check_cu_seqlens, check_token_ids
-from pmpo_kernels.config import STATS, TrajectoryOptions
-from pmpo_kernels.reference import compute_dtype
+from pmpo_kernels.contract import METRICS, STATS, AggregateOptions, TrajectoryOptions, compute_dtype
 
+REQUIRED = set(Batch._fields) - set(Batch._field_defaults)
+BATCH = ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in Batch._fields)
 SCHEMAS = {
     "token_logp": "(Tensor logits, Tensor token_ids, Tensor? mask, float temperature)"
     " -> (Tensor logp, Tensor row_max, Tensor row_sum, Tensor entropy)",
-    "trajectory": "(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor? mask, Tensor cu_seqlens,"
-    " Tensor? ref_logp, Tensor? rollout_weights, Tensor? entropy, Tensor? power, Tensor? target_ess,"
-    " Tensor? policy_mask, float[] options)"
+    "trajectory": f"(Tensor logp, Tensor? entropy, {BATCH}, float[] options)"
     " -> (Tensor dlogp, Tensor dentropy, Tensor stats)",
     "aggregate": "(Tensor stats, Tensor? denominator, Tensor? largest, Tensor? skipped, float[] options, ScalarType dtype)"
     " -> (Tensor loss, Tensor denominator, Tensor metrics, Tensor clip_fraction)",
@@ -69,7 +68,7 @@ def _token_logp_fake(logits: Tensor, token_ids: Tensor, mask: Tensor | None, tem
 
 
 def _trajectory_fake(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    advantages, entropy, options = args[1], args[6], TrajectoryOptions(*args[-1])
+    entropy, advantages, options = args[0], args[1], TrajectoryOptions(*args[-1])
     with_entropy = entropy is not None and options.entropy_coef != 0
     return (
         logp.new_empty(logp.numel(), dtype=torch.float64),
@@ -163,10 +162,11 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
     if name == "token_logp":
         check_token_ids(args[1], args[2], args[0].shape[-1])
     if name == "trajectory":
-        check_cu_seqlens(args[4], args[0].numel())
-        args = (*args[:-1], TrajectoryOptions(*args[-1]))
+        logp, entropy, *batch, options = args
+        check_cu_seqlens(batch[1], logp.numel())
+        args = (logp, entropy, Batch(*batch), TrajectoryOptions(*options))
     if name == "aggregate":
-        args = (*args[:-2], Aggregation(*args[-2]), args[-1])
+        args = (*args[:-2], AggregateOptions(*args[-2]), args[-1])
     if name == "solve_power":
         check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)

@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.aggregate import aggregate as aggregate
-from pmpo_kernels.config import ABSOLUTE, FIXED, STATS, TARGET, TrajectoryOptions
-
-MAX_NEWTON_ITERATIONS = 20
-NEWTON_TOLERANCE = 1e-10
-
-
-ELSEWHERE = -(2**31)
-"""The id of a target in another rank's part of the vocabulary, for `dlogits`: the row has no target column here."""
-
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import (
+    ABSOLUTE,
+    ELSEWHERE,
+    FIXED,
+    MAX_NEWTON_ITERATIONS,
+    NEWTON_TOLERANCE,
+    STATS,
+    TARGET,
+    TrajectoryOptions,
+)
+from pmpo_kernels.contract import (
+    compute_dtype as compute_dtype,
+)
 
 # --- stage 1: token_logp ---------------------------------------------------------------------------------------------
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; float32 and below are computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def token_logp(
@@ -255,41 +255,29 @@ def choose_power(
 
 
 def trajectory(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logp: Tensor | None,
-    rollout_weights: Tensor | None,
-    entropy: Tensor | None,
-    power: Tensor | None,
-    target_ess: Tensor | None,
-    policy_mask: Tensor | None,
-    options: TrajectoryOptions,
+    logp: Tensor, entropy: Tensor | None, batch: Batch, options: TrajectoryOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, statistics and per-token gradient of every trajectory (design 2.2 - 2.7), before the division by D.
 
-    Token tensors are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1]; advantages, power and
-    target_ess (B,). Returns, all in float64, dlogp (N,), dentropy (N,) (empty without an entropy term) and
-    stats (S, B), see `STATS`. Response tokens that policy_mask (N,) bool leaves out count in the averages with a term of 0: of
-    k of n tokens the policy loss is -A (k/n) M_p, with M_p, W, ESS and p those of the k.
+    logp and entropy are flat (N,) like the tokens of the batch. Returns, all in float64, dlogp (N,), dentropy (N,) (empty
+    without an entropy term) and stats (S, B), see `STATS`. Response tokens that policy_mask leaves out count in the averages
+    with a term of 0: of k of n tokens the policy loss is -A (k/n) M_p, with M_p, W, ESS and p those of the k.
     """
-    o, seg = options, Segments(cu_seqlens, logp.numel())
-    valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    A = advantages.double()
+    o, seg = options, Segments(batch.cu_seqlens, logp.numel())
+    valid = torch.ones_like(logp, dtype=torch.bool) if batch.mask is None else batch.mask
+    A, ref_logp = batch.advantages.double(), batch.ref_logp
 
-    d = log_ratio(logp, old_logp, valid)
+    d = log_ratio(logp, batch.old_logp, valid)
     log_a, below, above = clip_log_ratio(d, seg.spread(A), o.token_low, o.token_high, o.token_dual, o.token_under)
-    if rollout_weights is not None:
-        log_a = log_a + torch.where(valid, rollout_weights, 1).double().log()
-    counts = valid if policy_mask is None else valid & policy_mask
+    if batch.rollout_weights is not None:
+        log_a = log_a + torch.where(valid, batch.rollout_weights, 1).double().log()
+    counts = valid if batch.policy_mask is None else valid & batch.policy_mask
     l = centre(log_a, counts, seg)
     k, tokens = l.tokens.clamp(min=1), seg.sum(valid.double())
     n, some = tokens.clamp(min=1), tokens > 0
     clipped_low, clipped_high = seg.sum((counts & below).double()), seg.sum((counts & above).double())
 
-    p, deficit = choose_power(l, clipped_low + clipped_high, power, target_ess, o)
+    p, deficit = choose_power(l, clipped_low + clipped_high, batch.power, batch.target_ess, o)
     at = moments(l, p)
     log_m = log_power_mean(l, p, at.log_mean)
     sequence = (o.sequence_low, o.sequence_high, o.sequence_dual, o.sequence_under)

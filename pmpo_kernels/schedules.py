@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.arguments import as_bool
-from pmpo_kernels.reference import Segments, compute_dtype
+from pmpo_kernels.batch import as_bool
+from pmpo_kernels.contract import compute_dtype
+from pmpo_kernels.reference import Segments
 
 Shape = Literal["linear", "square", "cube", "sine"]
 Baseline = Literal["mean", "leave-one-out"]

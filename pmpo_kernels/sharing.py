@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.autograd import Parts, TrajectoryInputs
+from pmpo_kernels.autograd import Parts
+from pmpo_kernels.batch import Batch, Call
 
 Split = Literal["contiguous", "zigzag"]
 
@@ -19,7 +18,7 @@ class Whole(NamedTuple):
 
     logp: Tensor
     entropy: Tensor | None
-    inputs: TrajectoryInputs
+    batch: Batch
     own: Tensor | None
 
 
@@ -28,6 +27,7 @@ class Sharing:
 
     parts: Parts | None = None  # of the vocabulary
     splits_trajectories = False
+    sums_over_data = False  # other ranks have other trajectories of the batch
 
     def agreement(self) -> contextlib.AbstractContextManager[object]:
         """Around checks: what one rank raises there is raised on all."""
@@ -37,8 +37,7 @@ class Sharing:
         self,
         vocabulary: int,
         tokens: Tensor,
-        inputs: TrajectoryInputs,
-        denominator: Tensor | None,
+        call: Call,
         everywhere: tuple[object, ...],
         of_tokens: tuple[object, ...] = (),
     ) -> None:
@@ -48,17 +47,17 @@ class Sharing:
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
         """Of the whole vocabulary, on all ranks; on one device the stages check them."""
 
-    def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
+    def gather(self, logp: Tensor, entropy: Tensor | None, batch: Batch) -> Whole:
         """Whole trajectories from this rank's tokens (N,)."""
-        return Whole(logp, entropy, inputs, None)
+        return Whole(logp, entropy, batch, None)
 
     def whole_lengths(self, tokens: Tensor) -> Tensor:
         """Response tokens of whole trajectories (B,) from those of this rank's part."""
         return tokens
 
-    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], options: Aggregation) -> Tensor | None:
-        """D of the trajectories of all ranks, from the tokens (B,) of this one's whole ones; None for those at hand."""
-        return given
+    def sum_over_data(self, count: Tensor) -> Tensor:
+        """The sum of a count (), on all ranks that have other trajectories of the batch."""
+        return count
 
     def smallest(self, number: int) -> int:
         """On the ranks that share the tokens."""

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import reference
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.api import pmpo_loss
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import NEWTON_TOLERANCE, STATS, compute_dtype
 
 
 class Case(NamedTuple):
@@ -37,7 +39,7 @@ def make_case(dtype: torch.dtype, *, B: int = 6, T: int = 10, V: int = 201, devi
     log_q = torch.log_softmax(logits.double(), -1)
     token_ids = torch.multinomial(log_q.exp().flatten(0, 1), 1, generator=random).view(B, T)
     logp = log_q.gather(-1, token_ids[..., None])[..., 0]
-    small = reference.compute_dtype(dtype)
+    small = compute_dtype(dtype)
     lengths = torch.randint(T // 2, T + 1, (B,), generator=random)
     lengths[: min(B, 3)] = torch.tensor([T, 0, 1])[: min(B, 3)]
     advantages = torch.randn(B, dtype=torch.float64, generator=random)
@@ -69,21 +71,18 @@ def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracl
     z = case.logits.double().clone().requires_grad_()
     logp, _, _, entropy = reference.token_logp(z, case.token_ids, case.mask, config.temperature)
     B, T = case.token_ids.shape
-    dlogp, dentropy, stats = reference.trajectory(
-        logp.flatten(),
-        case.old_logp.double().flatten(),
+    batch = Batch(
         case.advantages,
-        case.mask.flatten(),
         torch.arange(B + 1, device=z.device) * T,
-        case.ref_logp.double().flatten(),
-        case.rollout_weights.double().flatten(),
-        entropy.flatten(),
-        power,
-        None,
-        None,
-        config.trajectory_options(has_power=power is not None, has_target_ess=False),
+        old_logp=case.old_logp.double().flatten(),
+        mask=case.mask.flatten(),
+        ref_logp=case.ref_logp.double().flatten(),
+        rollout_weights=case.rollout_weights.double().flatten(),
+        power=power,
     )
-    terms = Aggregation.of(config)
+    options = config.trajectory_options(has_power=power is not None, has_target_ess=False)
+    dlogp, dentropy, stats = reference.trajectory(logp.flatten(), entropy.flatten(), batch, options)
+    terms = config.aggregate_options()
     denominator = default_denominator(stats.detach()[STATS.index("tokens")], terms)
     loss = total_loss(stats, terms, denominator)
     (grad,) = torch.autograd.grad(loss, z)
@@ -157,7 +156,7 @@ def error_bound(
     - 16-bit gradients are then rounded with u16 = 2^-8 (bfloat16) or 2^-11 (float16), counted twice because the
       absolute values of a row add up to twice its coefficient.
     """
-    u = torch.finfo(reference.compute_dtype(dtype)).eps / 2
+    u = torch.finfo(compute_dtype(dtype)).eps / 2
     delta = u * (6 * x + math.log(V) + partial_sum + math.log2(V))
     stored = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
     return 2 * stored + (2 + 5 * p + 4 * solved) * delta + 16 * u
@@ -172,7 +171,7 @@ def row_sum_tolerance(case: Case) -> float:
     - 16-bit gradients: as in `tolerance`.
     """
     dtype, V = case.logits.dtype, case.logits.shape[-1]
-    u = torch.finfo(reference.compute_dtype(dtype)).eps / 2
+    u = torch.finfo(compute_dtype(dtype)).eps / 2
     stored = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
     return 2 * stored + u * (2 * (64 + math.log2(V)) + 4 * math.log(V) + 16)
 
@@ -189,7 +188,7 @@ class Verdict(NamedTuple):
     @property
     def ok(self) -> bool:
         right = max(self.loss, *self.grad) <= self.tolerance and self.grad.row_sum <= self.row_sum_tolerance
-        return right and self.power_residual <= self.tolerance + reference.NEWTON_TOLERANCE
+        return right and self.power_residual <= self.tolerance + NEWTON_TOLERANCE
 
 
 def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) -> Verdict:

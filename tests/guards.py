@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from pmpo_kernels.linear import linear_loss
+from pmpo_kernels.linear.operator import linear_loss
 
 BAND = 4096  # bytes: the widest block of a row
 ROW_RESULTS = ("logp_ptr", "row_max_ptr", "row_sum_ptr", "entropy_ptr")

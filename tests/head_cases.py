@@ -9,7 +9,7 @@ from helpers import run
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss
-from pmpo_kernels.reference import compute_dtype
+from pmpo_kernels.contract import compute_dtype
 from pmpo_kernels.verification import Case, make_case
 
 

@@ -21,8 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pmpo_kernels import LossConfig
 from pmpo_kernels import triton as stages
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.config import TrajectoryOptions
+from pmpo_kernels.batch import Batch
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 variants: dict[str, set[str]] = defaultdict(set)
@@ -46,14 +45,15 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
     logp, row_max, row_sum, entropy = stages.token_logp(logits, ids, mask, config.temperature)
     # slices of a batch, whose storage is aligned or not
     flat = torch.zeros(2 * N + 1)[N % 4 :][:N]
-    options: TrajectoryOptions = config.trajectory_options(has_power=optional, has_target_ess=False)
-    _, _, stats = stages.trajectory(
-        logp.flatten(), flat if optional else None, torch.zeros(B), None if mask is None else mask.flatten(),
-        torch.arange(B + 1) * T, flat if optional else None, flat if optional else None, entropy.flatten(),
-        torch.zeros(B) if optional else None, None, None if mask is None else mask.flatten(), options,
-    )  # fmt: skip
+    options = config.trajectory_options(has_power=optional, has_target_ess=False)
+    batch = Batch(torch.zeros(B), torch.arange(B + 1) * T)
+    if mask is not None:
+        tokens = {"old_logp": flat, "ref_logp": flat, "rollout_weights": flat}
+        tokens |= {"mask": mask.flatten(), "policy_mask": mask.flatten()}
+        batch = batch._replace(**tokens, power=torch.zeros(B))
+    _, _, stats = stages.trajectory(logp.flatten(), entropy.flatten(), batch, options)
     D, skipped = (stats.new_ones(()), flat[:B] == 0) if optional else (None, None)
-    stages.aggregate(stats, D, D, skipped, Aggregation.of(config), torch.float32)
+    stages.aggregate(stats, D, D, skipped, config.aggregate_options(), torch.float32)
     stages.scale_(torch.zeros(N), flat[:1])  # a view of several factors begins anywhere
     stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 

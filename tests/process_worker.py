@@ -22,7 +22,8 @@ from head_cases import head_case, run_head
 from helpers import run, small_case
 from torch import Tensor
 
-from pmpo_kernels import PMPOOutput, api, autograd, cpp, linear, solve_power, solver
+from pmpo_kernels import PMPOOutput, api, autograd, cpp, solve_power, solver
+from pmpo_kernels.linear import operator
 from pmpo_kernels.verification import configurations, make_case
 
 LIMIT = 100  # s; nothing here takes more than some ten
@@ -130,7 +131,7 @@ def signal_in(name: str, delay: float) -> Iterator[None]:
     try:
         with (
             mock.patch.object(autograd, "stage", stage),
-            mock.patch.object(linear, "stage", stage),
+            mock.patch.object(operator, "stage", stage),
             mock.patch.object(solver, "stage", stage),
         ):
             yield

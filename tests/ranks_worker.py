@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from pmpo_kernels import LossConfig, PMPOOutput, cost, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.distributed import ranks as ranks_module
-from pmpo_kernels.projection import Projection
+from pmpo_kernels.linear.projection import Projection
 from pmpo_kernels.verification import configurations, make_case
 
 V, H = 37, 8

@@ -27,7 +27,7 @@ from pmpo_kernels.benchmarking.head import HeadBench, HeadInputs, build_head_inp
 from pmpo_kernels.benchmarking.measure import Times
 from pmpo_kernels.benchmarking.report import Report
 from pmpo_kernels.benchmarking.variants import PEER
-from pmpo_kernels.projection import adds_to_float32
+from pmpo_kernels.linear.projection import adds_to_float32
 
 runner = CliRunner(env={"COLUMNS": "200"})
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,9 +31,9 @@ from pmpo_kernels import (
     solve_power,
     token_logp,
 )
+from pmpo_kernels.contract import ELSEWHERE, compute_dtype
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import ELSEWHERE
 from pmpo_kernels.triton.launch import BLOCK_TOKENS, STEP_TOKENS
 from pmpo_kernels.verification import Case, make_case
 
@@ -237,7 +237,7 @@ def test_linear_loss(impl: str, softcap: float | None) -> None:
 @pytest.mark.parametrize("size", [1, 4096, 4099, 2 * 4096 - 1])
 def test_scale(size: int, dtype: torch.dtype) -> None:
     """A part of a block, whole ones, one with a rest."""
-    factor = torch.tensor(0.3, dtype=reference.compute_dtype(dtype), device=DEVICE)
+    factor = torch.tensor(0.3, dtype=compute_dtype(dtype), device=DEVICE)
 
     def call() -> list[Tensor]:
         gradient = torch.linspace(-1, 1, size, device=DEVICE).to(dtype)

@@ -14,10 +14,12 @@ import pmpo_kernels
 PACKAGE = Path(pmpo_kernels.__file__).parent
 # Below, a module may import only those to its left; one not listed here fails the test.
 LAYERS = [
-    ["version", "memory", "cost", "scalars"], ["config"], ["checks", "aggregate", "cpp"], ["reference"], ["impls", "triton", "projection"],
-    ["ops"], ["autograd"], ["arguments", "chunks", "sharing"], ["distributed"], ["linear"], ["api", "solver", "baseline", "schedules"], ["verification", "parity"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
+    ["version", "memory", "cost", "scalars", "contract"], ["config", "cpp", "aggregate"], ["checks", "impls"], ["batch"], ["reference", "triton"], ["ops"],
+    ["autograd"], ["sharing"], ["distributed"], ["api", "solver", "baseline", "schedules"], ["linear"], ["verification", "parity"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
 ]  # fmt: skip
-BACKENDS = {"reference", "triton"}
+# What a backend may import beside its own; `aggregate` is the reference's.
+SHARED = {"batch", "contract"}
+BACKENDS = {"reference": {"aggregate"}, "triton": set(), "aggregate": set()}
 
 
 def imports(path: Path) -> set[str]:
@@ -47,12 +49,11 @@ def test_layers(module: str, path: Path) -> None:
         assert level[other] < level[module], f"{path} imports {other}, which is not below it"
 
 
-def test_backends_share_only_constants_of_the_reference() -> None:
-    """The Triton kernels take the order of the metrics and the solver's limits from the specification, no function."""
-    for path in (PACKAGE / "triton").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "pmpo_kernels.reference":
-                assert all(alias.name.isupper() for alias in node.names), path
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_imports_what_all_share_and_its_own(backend: str) -> None:
+    for module, path in modules():
+        if module == backend:
+            assert imports(path) <= SHARED | BACKENDS[backend] | {backend}, path
 
 
 def test_importing_the_package_loads_no_backend_and_no_trainer() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import reference
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.benchmarking.inputs import Inputs, chunks, flat_trajectory
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.verification import Oracle, ThreePartError, error_bound, three_part_error
 
 
@@ -61,7 +62,7 @@ def exact(inputs: Inputs, config: LossConfig) -> Exact:
     dlogp, _, stats = flat_trajectory(
         logp.view(inputs.mask.shape), inputs.old_logp, inputs.advantages, inputs.mask, config
     )
-    terms = Aggregation.of(config)
+    terms = config.aggregate_options()
     denominator = default_denominator(stats[STATS.index("tokens")], terms)
     row = dict(zip(STATS, stats, strict=True))
     return Exact(

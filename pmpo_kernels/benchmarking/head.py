@@ -12,7 +12,7 @@ from torch import Tensor
 from pmpo_kernels.benchmarking.cases import HeadCase
 from pmpo_kernels.benchmarking.inputs import MARGIN, chunks, flat_trajectory, log_ratios, trajectories
 from pmpo_kernels.benchmarking.measure import Steps
-from pmpo_kernels.config import STATS
+from pmpo_kernels.contract import STATS
 
 PEAKS = 4  # likely tokens of a row
 SPREAD = 1.5  # standard deviation of the logits of all others

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.benchmarking.head import HeadInputs, accumulation, exact_logits, logp_error
 from pmpo_kernels.benchmarking.inputs import chunks, flat_trajectory
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 
 
 class HeadExact(NamedTuple):
@@ -53,7 +54,7 @@ def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
     i = inputs
     dlogp, _, stats = flat_trajectory(i.pad(i.logp), i.pad(i.old_logp.double()), i.advantages, i.mask, config)
     row = dict(zip(STATS, stats, strict=True))
-    terms = Aggregation.of(config)
+    terms = config.aggregate_options()
     denominator = default_denominator(row["tokens"], terms)
     g = dlogp.view(i.mask.shape)[i.mask] / denominator
     acting = g.nonzero()[:, 0]

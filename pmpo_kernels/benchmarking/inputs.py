@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.reference import trajectory
 
 CHUNK_ELEMENTS = 2**25  # 256 MiB in float64, the unit of everything that is computed in float64
@@ -126,17 +128,7 @@ def flat_trajectory(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's trajectory stage (dlogp, dentropy, stats) on padded (B, T) tensors."""
     B, T = logp.shape
-    return trajectory(
-        logp.flatten(),
-        old_logp.flatten(),
-        advantages,
-        mask.flatten(),
-        torch.arange(B + 1, device=logp.device) * T,
-        None,
-        None,
-        None,
-        power,
-        None,
-        None,
-        config.trajectory_options(has_power=power is not None, has_target_ess=False),
-    )
+    offsets = torch.arange(B + 1, device=logp.device) * T
+    batch = Batch(advantages, offsets, old_logp=old_logp.flatten(), mask=mask.flatten(), power=power)
+    options = config.trajectory_options(has_power=power is not None, has_target_ess=False)
+    return trajectory(logp.flatten(), None, batch, options)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.benchmarking.inputs import Inputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.ops import stage
@@ -19,15 +20,15 @@ def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunct
     i = inputs
     B, T = i.mask.shape
     logp, row_max, row_sum, entropy = stage("token_logp", impl)(i.logits, i.token_ids, i.mask, config.temperature)
-    tokens = (logp.flatten(), i.old_logp.flatten(), i.advantages, i.mask.flatten())
     offsets = torch.arange(B + 1, device=logp.device) * T
     options = list(config.trajectory_options(has_power=False, has_target_ess=False))
-    rest = (offsets, None, None, entropy.flatten(), None, None, None, options)
-    dlogp = stage("trajectory", impl)(*tokens, *rest)[0].view(B, T).to(logp.dtype)
+    batch = Batch(i.advantages, offsets, old_logp=i.old_logp.flatten(), mask=i.mask.flatten())
+    arguments = (logp.flatten(), entropy.flatten(), *batch, options)
+    dlogp = stage("trajectory", impl)(*arguments)[0].view(B, T).to(logp.dtype)
     saved = (row_max, row_sum, entropy, dlogp, None, config.temperature)
     return {
         "token_logp": lambda: stage("token_logp", impl)(i.logits, i.token_ids, i.mask, config.temperature),
-        "trajectory": lambda: stage("trajectory", impl)(*tokens, *rest),
+        "trajectory": lambda: stage("trajectory", impl)(*arguments),
         "dlogits": lambda: stage("dlogits", impl)(i.logits, i.token_ids, i.mask, *saved),
         "dlogits_": lambda: stage("dlogits_", impl)(i.logits, i.token_ids, i.mask, *saved),
     }

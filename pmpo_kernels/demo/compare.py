@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pmpo_kernels.api import pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.baseline import eager_pmpo_loss, eager_token_logp
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.demo.cost import peak_memory, timed
 from pmpo_kernels.demo.rollouts import Rollouts
 from pmpo_kernels.impls import IMPLS, interpreted, resolve_impl

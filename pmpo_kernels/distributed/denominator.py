@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmpo_kernels import checks
-from pmpo_kernels.aggregate import Aggregation, counts
+from pmpo_kernels.aggregate import default_denominator
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, mark, size
 
@@ -54,7 +54,7 @@ def denominator(
     tokens = torch.cat(parts).double()
     if ranks.sequence is not None:
         all_reduce(tokens, ranks.sequence, "the sum of the trajectories' lengths")
-    D = reduced(tokens, Aggregation.of(config), ranks)
+    D = default_denominator(tokens, config.aggregate_options(), lambda count: sum_over_data(count, ranks))
     return D / (size(ranks.sequence) * data_size(ranks)) if averaged else D
 
 
@@ -65,9 +65,8 @@ def data_size(ranks: Ranks) -> int:
     return n
 
 
-def reduced(tokens: Tensor, options: Aggregation, ranks: Ranks) -> Tensor:
-    """`aggregate.default_denominator` of the trajectories of all ranks that share the batch, from this one's tokens (B,)."""
-    count = counts(tokens, options).sum()
+def sum_over_data(count: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of a count () over the ranks that have other trajectories of the batch, in place."""
     for group in ranks.data:
         all_reduce(count, group, "the sum of the batch's counts")
-    return count.clamp(min=1)
+    return count

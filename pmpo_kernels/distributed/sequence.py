@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from pmpo_kernels.autograd import TrajectoryInputs, first_order
+from pmpo_kernels.autograd import first_order
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.distributed.ranks import all_gather, size
 from pmpo_kernels.sharing import Split, Whole
 
@@ -34,13 +35,13 @@ class Placed(torch.autograd.Function):
         return grad[positions], None, None
 
 
-def chunk_of_token(inputs: TrajectoryInputs, tokens: int, rank: int, ranks: int, split: Split) -> Tensor:
+def chunk_of_token(batch: Batch, tokens: int, rank: int, ranks: int, split: Split) -> Tensor:
     """(N,) int64: trajectory x chunks + chunk, by which all ranks' tokens are sorted.
 
     "contiguous": R chunks a trajectory, rank r has number r. "zigzag": 2 R, rank r has numbers r and 2 R - 1 - r, one after the
     other, the first half of its tokens, rounded up, and the second.
     """
-    offsets = inputs.cu_seqlens.long()
+    offsets = batch.cu_seqlens.long()
     position = torch.arange(tokens, device=offsets.device)
     owner = torch.searchsorted(offsets[1:].contiguous(), position, right=True).clamp(max=max(len(offsets) - 2, 0))
     if split == "contiguous":
@@ -53,7 +54,7 @@ def chunk_of_token(inputs: TrajectoryInputs, tokens: int, rank: int, ranks: int,
 def gather_tokens(
     logp: Tensor,
     entropy: Tensor | None,
-    inputs: TrajectoryInputs,
+    batch: Batch,
     group: ProcessGroup,
     split: Split,
     counts: list[int],
@@ -61,13 +62,12 @@ def gather_tokens(
     """The tokens of all ranks of the group, of which rank r has counts[r]; logp, entropy (N of this rank,)."""
     R, rank, N = size(group), dist.get_rank(group), logp.numel()
     chunks = (2 if split == "zigzag" else 1) * R
-    B = inputs.cu_seqlens.numel() - 1
-    named = {"old_logp": inputs.old_logp, "ref_logp": inputs.ref_logp, "rollout_weights": inputs.rollout_weights,
-             "mask": inputs.mask, "policy_mask": inputs.policy_mask}  # fmt: skip
-    constants = {name: x for name, x in named.items() if x is not None}
+    B = batch.cu_seqlens.numel() - 1
+    names = ("old_logp", "mask", "ref_logp", "rollout_weights", "policy_mask")
+    constants = {name: x for name in names if (x := getattr(batch, name)) is not None}
     columns = [logp, *([] if entropy is None else [entropy]), *constants.values()]
     sent = logp.new_full((1 + len(columns), max(counts, default=0)), B * chunks, dtype=torch.float64)
-    sent[0, :N] = chunk_of_token(inputs, N, rank, R, split)  # exact in float64
+    sent[0, :N] = chunk_of_token(batch, N, rank, R, split)  # exact in float64
     for row, x in zip(sent[1:], columns, strict=True):
         row[:N] = x.detach()
     received = all_gather(sent, group, "the gathering of the trajectories' tokens")
@@ -84,4 +84,4 @@ def gather_tokens(
     whole_logp = Placed.apply(logp, next(values).to(logp.dtype), own)
     whole_entropy = None if entropy is None else Placed.apply(entropy, next(values).to(entropy.dtype), own)
     found = {name: value.to(x.dtype) for (name, x), value in zip(constants.items(), values, strict=True)}
-    return Whole(whole_logp, whole_entropy, inputs._replace(cu_seqlens=offsets, **found), own)
+    return Whole(whole_logp, whole_entropy, batch._replace(cu_seqlens=offsets, **found), own)

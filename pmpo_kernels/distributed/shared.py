@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.batch import Batch, Call
 from pmpo_kernels.checks import check_choice, check_token_ids, checks_values
-from pmpo_kernels.distributed.denominator import reduced
+from pmpo_kernels.distributed.denominator import sum_over_data
 from pmpo_kernels.distributed.ranks import (
     Agreement,
     Ranks,
@@ -85,8 +84,7 @@ class Shared(Sharing):
         self,
         vocabulary: int,
         tokens: Tensor,
-        inputs: TrajectoryInputs,
-        denominator: Tensor | None,
+        call: Call,
         everywhere: tuple[object, ...],
         of_tokens: tuple[object, ...] = (),
     ) -> None:
@@ -95,13 +93,13 @@ class Shared(Sharing):
             raise ValueError(
                 f'sequence_split: expected "contiguous" without a dimension "cp" of the mesh, got {self.ranks.split!r}'
             )
-        i = inputs
+        i, denominator = call.batch, call.denominator
         given = tuple(name for name in GIVEN if getattr(i, name) is not None)
         whether = {"denominator, given or not": int(denominator is not None)}
         alike = {
             **whether,
             "number of trajectories": i.cu_seqlens.numel() - 1,
-            "options": mark(*i.options, *everywhere),
+            "options": mark(*call.trajectory_options, *everywhere),
             "optional arguments": mark(*given),
             "advantages, power, target_ess or denominator": fingerprint(
                 i.advantages, i.power, i.target_ess, denominator
@@ -121,7 +119,7 @@ class Shared(Sharing):
             "number of tokens": tokens.numel(),
             "mask": fingerprint(i.mask),
             "token_ids or another tensor of the tokens": fingerprint(*of_token, mask=i.mask),
-            "gradients that are wanted, impl or dtype": mark(*of_tokens, i.impl),
+            "gradients that are wanted, impl or dtype": mark(*of_tokens, call.impl),
         }
 
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
@@ -130,10 +128,10 @@ class Shared(Sharing):
                 mask = None if mask is None else mask.view(token_ids.shape)
                 check_token_ids(token_ids, mask, self.whole_vocabulary(self.agreed.V))
 
-    def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
+    def gather(self, logp: Tensor, entropy: Tensor | None, batch: Batch) -> Whole:
         if self.ranks.sequence is None:
-            return Whole(logp, entropy, inputs, None)
-        return gather_tokens(logp, entropy, inputs, self.ranks.sequence, self.ranks.split, self.agreed.tokens)
+            return Whole(logp, entropy, batch, None)
+        return gather_tokens(logp, entropy, batch, self.ranks.sequence, self.ranks.split, self.agreed.tokens)
 
     @property
     def splits_trajectories(self) -> bool:  # type: ignore[override]
@@ -144,10 +142,12 @@ class Shared(Sharing):
             return tokens
         return all_reduce(tokens.clone(), self.ranks.sequence, "the sum of the trajectories' lengths")
 
-    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], options: Aggregation) -> Tensor | None:
-        if given is not None or not self.ranks.data:
-            return given
-        return reduced(tokens(), options, self.ranks)
+    @property
+    def sums_over_data(self) -> bool:  # type: ignore[override]
+        return bool(self.ranks.data)
+
+    def sum_over_data(self, count: Tensor) -> Tensor:
+        return sum_over_data(count, self.ranks)
 
     def smallest(self, number: int) -> int:
         if self.ranks.vocabulary is None:

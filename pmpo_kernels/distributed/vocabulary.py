@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from pmpo_kernels.contract import ELSEWHERE
 from pmpo_kernels.distributed.ranks import all_gather
-from pmpo_kernels.reference import ELSEWHERE
 
 
 class Vocabulary(NamedTuple):

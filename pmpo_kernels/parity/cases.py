@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.api import linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
+from pmpo_kernels.api import pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
+from pmpo_kernels.linear import linear_pmpo_loss
 from pmpo_kernels.parity.batch import Batch
 
 Source = Literal["logp", "logits", "hidden"]

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.aggregate import METRICS, Aggregation
-from pmpo_kernels.config import STATS
+from pmpo_kernels.contract import METRICS, STATS, AggregateOptions
 from pmpo_kernels.triton.launch import OPTIONS, on_device, optional, optional_mask, scalar
 from pmpo_kernels.triton.tokens import given
 
@@ -116,7 +115,7 @@ def aggregate(
     denominator: Tensor | None,
     largest: Tensor | None,
     skipped: Tensor | None,
-    options: Aggregation,
+    options: AggregateOptions,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `pmpo_kernels.aggregate.aggregate`."""

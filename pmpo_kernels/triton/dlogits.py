@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.reference import ELSEWHERE
+from pmpo_kernels.contract import ELSEWHERE
 from pmpo_kernels.triton.launch import OPTIONS, capability, launch_config, on_device, optional, optional_mask, scalar
 from pmpo_kernels.triton.token_logp import exponent
 

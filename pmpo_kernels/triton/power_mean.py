@@ -10,8 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from pmpo_kernels.config import ABSOLUTE, TARGET
-from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE
+from pmpo_kernels.contract import ABSOLUTE, MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, TARGET
 
 _ABSOLUTE = tl.constexpr(ABSOLUTE)
 _TARGET = tl.constexpr(TARGET)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmpo_kernels.contract import compute_dtype
 from pmpo_kernels.triton.launch import (
     OPTIONS,
     capability,
@@ -188,7 +189,7 @@ def token_logp(
     token_ids = token_ids.contiguous()
     rows = token_ids.numel()
     mask, has_mask = optional_mask(mask, token_ids)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     logp, row_max, row_sum, entropy = results = tuple(
         torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4)
     )

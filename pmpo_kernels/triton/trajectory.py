@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.config import FIXED, STATS, TARGET, TrajectoryOptions
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import FIXED, STATS, TARGET, TrajectoryOptions
 from pmpo_kernels.triton.blocks import SUMS, add_metrics, add_weights, block_of, bounds_of, first_slot
 from pmpo_kernels.triton.launch import (
     BLOCK_THREADS,
@@ -205,28 +206,17 @@ def _trajectory_gradient_kernel(
 
 
 def trajectory(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logp: Tensor | None,
-    rollout_weights: Tensor | None,
-    entropy: Tensor | None,
-    power: Tensor | None,
-    target_ess: Tensor | None,
-    policy_mask: Tensor | None,
-    options: TrajectoryOptions,
+    logp: Tensor, entropy: Tensor | None, batch: Batch, options: TrajectoryOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.trajectory`."""
-    B, N = advantages.numel(), logp.numel()
+    """The same as `reference.trajectory`."""
+    B, N = batch.advantages.numel(), logp.numel()
     slots = N // BLOCK_TOKENS + B
-    logp, advantages, cu_seqlens = logp.contiguous(), advantages.contiguous(), cu_seqlens.contiguous()
-    old_logp, has_old_logp = optional_like(old_logp, logp)
-    mask, has_mask = optional_mask(mask, cu_seqlens)
-    policy_mask, has_policy_mask = optional_mask(policy_mask, cu_seqlens)
-    ref_logp, has_ref_logp = optional_like(ref_logp, logp)
-    rollout_weights, has_rollout_weights = optional_like(rollout_weights, logp)
+    logp, advantages, cu_seqlens = logp.contiguous(), batch.advantages.contiguous(), batch.cu_seqlens.contiguous()
+    old_logp, has_old_logp = optional_like(batch.old_logp, logp)
+    mask, has_mask = optional_mask(batch.mask, cu_seqlens)
+    policy_mask, has_policy_mask = optional_mask(batch.policy_mask, cu_seqlens)
+    ref_logp, has_ref_logp = optional_like(batch.ref_logp, logp)
+    rollout_weights, has_rollout_weights = optional_like(batch.rollout_weights, logp)
     entropy, has_entropy = optional_like(entropy, logp)
     has_dentropy = int(has_entropy and options.entropy_coef != 0)
     # zeros, because offsets that were not checked may leave tokens to no trajectory
@@ -234,8 +224,8 @@ def trajectory(
     dentropy = dlogp.new_zeros(N if has_dentropy else 0)
     stats = dlogp.new_empty(len(STATS), B)
     sums, scales = dlogp.new_empty(len(SUMS), slots), dlogp.new_empty(len(SCALES), B)
-    power, has_power = optional_like(power, stats)
-    target_ess, _ = optional_like(target_ess, stats)
+    power, has_power = optional_like(batch.power, stats)
+    target_ess, _ = optional_like(batch.target_ess, stats)
     if not B:
         return dlogp, dentropy, stats
     o = options

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from pmpo_kernels.api import PMPOOutput, linear_pmpo_loss, token_logp
+from pmpo_kernels.api import PMPOOutput, token_logp
 from pmpo_kernels.config import LossConfig
+from pmpo_kernels.linear import linear_pmpo_loss
 
 PROBE = (-30.0, -4.0, -0.5, 0.0, 0.25, 1.0, 8.0, 60.0)
 """Stands for the logits while the head is replaced: what the model makes of it shows its scale and softcap."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.checks import check_cu_seqlens
 from pmpo_kernels.memory import available_memory
 
@@ -34,29 +34,20 @@ class Work(NamedTuple):
     skipped: Tensor  # (B,) bool: left out
 
 
-def count_tokens(inputs: TrajectoryInputs) -> Tensor:
-    """Response tokens of each trajectory (B,) int64."""
-    offsets = inputs.cu_seqlens.long()
-    if inputs.mask is None:
-        return offsets.diff()
-    before = torch.nn.functional.pad(inputs.mask.cumsum(0), (1, 0))
-    return before[offsets.clamp(0, inputs.mask.numel())].diff()
-
-
 def first(mask: Tensor, count: int) -> Tensor:
     """Indices (count,) of the first `count` true elements, without waiting for a GPU to count them."""
     return (~mask).int().argsort(stable=True)[:count]
 
 
-def find_work(token_ids: Tensor, inputs: TrajectoryInputs, skip_zero_advantage: bool) -> Work:
-    """Of token_ids (N,). Waits for a GPU twice: the sizes of the products depend on the data."""
-    offsets, N = inputs.cu_seqlens.long(), token_ids.numel()
-    tokens = count_tokens(inputs)
-    skipped = (inputs.advantages == 0) & skip_zero_advantage
+def find_work(token_ids: Tensor, batch: Batch, skip_zero_advantage: bool) -> Work:
+    """The work of a batch with token_ids (N,). Waits for a GPU twice, because the sizes of the products depend on the data."""
+    offsets, N = batch.cu_seqlens.long(), token_ids.numel()
+    tokens = batch.count_tokens()
+    skipped = (batch.advantages == 0) & skip_zero_advantage
     values = torch.cat([offsets, tokens, skipped.long()]).cpu()
     check_cu_seqlens(values[: len(offsets)], N)
     counts, left_out = values[len(offsets) :].view(2, -1).tolist()
-    valid = torch.ones_like(token_ids, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    valid = torch.ones_like(token_ids, dtype=torch.bool) if batch.mask is None else batch.mask
     if any(left_out):
         valid = valid & ~skipped.repeat_interleave(offsets.diff(), output_size=N)
     lengths = [n for n, out in zip(counts, left_out, strict=True) if not out]

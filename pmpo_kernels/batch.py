@@ -1,48 +1,103 @@
-"""The arguments that every call of the loss has in common: checked, and brought to one flat form."""
+"""The constants of a call of the loss: checked once, brought to one flat form, and passed on as one object."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.autograd import TrajectoryInputs
 from pmpo_kernels.config import POWER_LIMIT, LossConfig
+from pmpo_kernels.contract import AggregateOptions, TrajectoryOptions
 from pmpo_kernels.impls import resolve_impl
 from pmpo_kernels.scalars import expect, is_number, shown
 
 DENOMINATOR = "a finite number > 0 whose inverse is finite"
 
 
+class Batch(NamedTuple):
+    """The tensors of a batch through which no gradient flows, in the order of the operator `trajectory`.
+
+    Tensors of tokens are flat (N,); trajectory i owns tokens cu_seqlens[i] to cu_seqlens[i + 1].
+    """
+
+    advantages: Tensor  # (B,)
+    cu_seqlens: Tensor  # (B + 1,)
+    old_logp: Tensor | None = None  # (N,)
+    mask: Tensor | None = None  # (N,) bool
+    ref_logp: Tensor | None = None  # (N,)
+    rollout_weights: Tensor | None = None  # (N,)
+    policy_mask: Tensor | None = None  # (N,) bool
+    power: Tensor | None = None  # (B,)
+    target_ess: Tensor | None = None  # (B,)
+
+    def count_tokens(self) -> Tensor:
+        """Response tokens of each trajectory, (B,) int64."""
+        offsets = self.cu_seqlens.long()
+        if self.mask is None:
+            return offsets.diff()
+        before = torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))
+        return before[offsets.clamp(0, self.mask.numel())].diff()
+
+    def take(self, rows: Tensor, trajectories: Tensor, cu_seqlens: Tensor) -> Batch:
+        """The batch of some trajectories (B',), of which only the response tokens `rows` (N',) are there, so without a mask."""
+
+        def some(index: Tensor, *names: str) -> dict[str, Tensor | None]:
+            return {name: None if (x := getattr(self, name)) is None else x[index] for name in names}
+
+        of_tokens = some(rows, "old_logp", "ref_logp", "rollout_weights", "policy_mask")
+        of_trajectories = some(trajectories, "power", "target_ess")
+        return Batch(self.advantages[trajectories], cu_seqlens, **of_tokens, **of_trajectories)
+
+
+class Call(NamedTuple):
+    """Everything that is constant in one call of the loss, checked: its batch, its options as numbers, and what runs it."""
+
+    batch: Batch
+    trajectory_options: TrajectoryOptions
+    aggregate_options: AggregateOptions
+    denominator: Tensor | None  # 0-d float64; None for the default of the aggregation
+    impl: str
+
+
 def check_config(config: LossConfig | None) -> LossConfig:
+    """`config`, or the default one for None."""
     if config is not None and not isinstance(config, LossConfig):
         raise TypeError(f"config: expected a LossConfig or None, got {type(config).__name__}")
     return LossConfig.pmpo() if config is None else config
 
 
 def as_bool(mask: Tensor | None) -> Tensor | None:
+    """A mask of any integer dtype as bool."""
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
-def trajectory_inputs(
+def check_call(
     name: str,
     tokens: Tensor,
+    config: LossConfig,
+    aggregate_options: AggregateOptions,
     *,
-    old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    old_logp: Tensor | None,
+    mask: Tensor | None,
     ref_logp: Tensor | None,
     rollout_weights: Tensor | None,
     policy_mask: Tensor | None,
     power: Tensor | float | None,
     target_ess: Tensor | None,
-    config: LossConfig,
     denominator: Tensor | float | None,
     impl: str | None,
-) -> tuple[TrajectoryInputs, Tensor | None]:
-    """Check everything but `tokens` (argument `name`, shaped like the tokens) and bring it to the flat form, with the
-    denominator, 0-d float64."""
+) -> Call:
+    """The arguments that every call of the loss has in common, checked and in flat form.
+
+    `tokens`, which the caller has checked, has the shape and the device of the batch; `name` is the argument it came from.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `pmpo_loss`.
+    """
     device, shape = tokens.device, tokens.shape
     offsets = checks.check_offsets(name, tokens, cu_seqlens)
     B = offsets.numel() - 1
@@ -99,49 +154,34 @@ def trajectory_inputs(
         number = checks.check_number("denominator", denominator)
         expect("denominator", is_number(1 / number), DENOMINATOR, denominator)
         denominator = torch.zeros((), dtype=torch.float64, device=device) + number
-    checked = {
-        "mask": as_bool(per_token("mask", mask, checks.MASKS)),
-        "rollout_weights": per_either("rollout_weights", rollout_weights, checks.FLOATS),
-        "power": per_trajectory("power", power),
-        "target_ess": per_trajectory("target_ess", target_ess),
-        "policy_mask": as_bool(per_either("policy_mask", policy_mask, checks.MASKS)),
-    }
-    _check_values(**checked, denominator=denominator)
-    inputs = TrajectoryInputs(
-        per_token("old_logp", old_logp),
+    batch = Batch(
         A,
-        checked["mask"],
         offsets,
-        per_token("ref_logp", ref_logp),
-        checked["rollout_weights"],
-        checked["power"],
-        checked["target_ess"],
-        checked["policy_mask"],
-        config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None),
-        resolve_impl(impl, device),
+        mask=as_bool(per_token("mask", mask, checks.MASKS)),
+        rollout_weights=per_either("rollout_weights", rollout_weights, checks.FLOATS),
+        power=per_trajectory("power", power),
+        target_ess=per_trajectory("target_ess", target_ess),
+        policy_mask=as_bool(per_either("policy_mask", policy_mask, checks.MASKS)),
+        old_logp=per_token("old_logp", old_logp),
+        ref_logp=per_token("ref_logp", ref_logp),
     )
-    return inputs, denominator
+    _check_values(batch, denominator)
+    options = config.trajectory_options(has_power=power is not None, has_target_ess=target_ess is not None)
+    return Call(batch, options, aggregate_options, denominator, resolve_impl(impl, device))
 
 
-def _check_values(
-    mask: Tensor | None,
-    rollout_weights: Tensor | None,
-    power: Tensor | None,
-    target_ess: Tensor | None,
-    policy_mask: Tensor | None,
-    denominator: Tensor | None,
-) -> None:
-    """The ranges of tensors whose bad values would only show in the loss, or not at all."""
+def _check_values(batch: Batch, denominator: Tensor | None) -> None:
+    """Check the ranges of tensors whose bad values would only show in the loss, or not at all."""
 
     def good_weights(v: Tensor) -> Tensor:
         good = (v >= 0) & v.isfinite()
-        for read in (mask, policy_mask):
+        for read in (batch.mask, batch.policy_mask):
             good = good if read is None else good | ~read
         return good
 
-    checks.check_all("rollout_weights", rollout_weights, good_weights, "finite weights >= 0 where mask is true")
+    checks.check_all("rollout_weights", batch.rollout_weights, good_weights, "finite weights >= 0 where mask is true")
     # in float64, because float16 has no 1e30 but infinity; 1e30 as bfloat16 and float32 round it, too
     largest = POWER_LIMIT * (1 + torch.finfo(torch.bfloat16).eps / 2)
-    checks.check_all("power", power, lambda p: p.double().abs() <= largest, "numbers from -1e30 to 1e30")
-    checks.check_all("target_ess", target_ess, lambda ess: ess >= 0, "numbers >= 0")
+    checks.check_all("power", batch.power, lambda p: p.double().abs() <= largest, "numbers from -1e30 to 1e30")
+    checks.check_all("target_ess", batch.target_ess, lambda ess: ess >= 0, "numbers >= 0")
     checks.check_all("denominator", denominator, lambda d: (d > 0) & d.isfinite() & (1 / d).isfinite(), DENOMINATOR)

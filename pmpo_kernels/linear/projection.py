@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.reference import compute_dtype
+from pmpo_kernels.contract import compute_dtype
 
 ROW_MULTIPLE = 64  # elements: the buffer's rows begin at multiples of 128 bytes, whatever V is
 BLOCK_BYTES = {"cpu": 2**22}
