@@ -232,7 +232,7 @@ def pmpo_loss_from_logp(
 
 
 def _aggregate_options_of_logits(dtype: torch.dtype, config: LossConfig) -> AggregateOptions:
-    """With a limit within which the gradient is finite in the dtype of the logits, and on the way there.
+    """Options with a limit within which the gradient is finite in the dtype of the logits, and on the way there.
 
     A row of the gradient is 1 / temperature of its token's coefficients; `dlogits` has factors some hundred times the row.
     Entropy: |q (log q + H)| <= H <= log V < 22; a number, because torch.compile would compile anew for each V.
@@ -243,7 +243,7 @@ def _aggregate_options_of_logits(dtype: torch.dtype, config: LossConfig) -> Aggr
 
 
 def _aggregate_options_of_logp(logp: Tensor, entropy: Tensor | None, config: LossConfig) -> AggregateOptions:
-    """With a limit within which each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
+    """Options with a limit within which each gradient is finite in the dtype of its own tensor and in that of the arithmetic."""
     largest = torch.finfo(logp.dtype).max
     if entropy is None:
         return config.aggregate_options(largest)
@@ -273,7 +273,7 @@ def as_output(results: Sequence[Tensor], logp: Tensor, entropy: Tensor | None, b
 
 
 def find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[Any, int]) -> tuple[Sharing, list[Any]]:
-    """Who shares a call, from its arguments, and this rank's part of `tensors`.
+    """The devices that share a call, from its arguments, and this rank's part of `tensors`.
 
     Each tensor comes with its dimension of the vocabulary, along which a DTensor may be sharded.
     """

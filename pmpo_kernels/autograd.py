@@ -31,13 +31,13 @@ class Parts(Protocol):
     """A vocabulary of which each rank has a part; see `distributed.vocabulary`."""
 
     def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids for the stage `token_logp` and for `dlogits`."""
+        """The ids within this rank's part that the stage `token_logp` reads, and those that `dlogits` reads."""
         ...
 
     def combine(
         self, token_ids: Tensor, mask: Tensor | None, temperature: float, found: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The stage's results for the whole vocabulary from those of each part."""
+        """The results of `token_logp` for the whole vocabulary, from those `found` in this rank's part."""
         ...
 
 
@@ -100,8 +100,7 @@ class TrajectoryFunction(torch.autograd.Function):
         dlogp, dentropy, stats = stage("trajectory", call.impl)(
             logp, entropy, *call.batch, list(call.trajectory_options)
         )
-        # What overflows further on, or cancels in the float64 sum, is not in the loss: a finite one is only given with a finite
-        # gradient.
+        # A gradient may overflow further on where the loss, a sum in float64, does not: a finite loss needs a finite gradient.
         largest = torch.linalg.vector_norm(dlogp, torch.inf) if dlogp.numel() else None
         loss, denominator, metrics, clip_fraction = stage("aggregate", call.impl)(
             stats, call.denominator, largest, None, list(call.aggregate_options), logp.dtype

@@ -1,8 +1,8 @@
-"""The stages and `solve_power` as `torch.library` operators: one schema and one fake each, an overload an implementation.
+"""The stages and `solve_power` as `torch.library` operators: one schema and one fake each, and an overload for each implementation.
 
 `torch.ops.pmpo_kernels.token_logp.triton`, `.cpp` and `.reference` are the same operator by different means. Lengths,
 strides and options are run-time values. `dlogits_` is `dlogits` written over the logits. `scale_` is the backward pass of the fused
-head, on a CPU one operator of PyTorch.
+head; on a CPU it is one operator of PyTorch, so C++ has none.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STAGES = ("token_logp", "trajectory", "aggregate", "dlogits", "dlogits_")
 
 
 class Implementation(NamedTuple):
-    """Operators of one implementation, the module with functions of their names, and the device keys it serves.
+    """An implementation: its operators, the module with functions of their names, and the device keys it serves.
 
     The compiled extension (`cpp`) registers its kernels itself, for CPU, and checks values itself.
     """
@@ -105,12 +105,12 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 
 def stage(name: str, impl: str) -> Callable[..., Any]:
-    """The operator of one stage, `scale_` or `solve_power`, and implementation."""
+    """The operator `name`, a stage, `scale_` or `solve_power`, of one implementation."""
     return getattr(getattr(torch.ops.pmpo_kernels, name), impl)  # type: ignore[no-any-return]
 
 
 def check_operands(name: str, args: tuple[Any, ...]) -> None:
-    """What an implementation in Python reads is there: sizes, device, dtype of masks. Public calls have checked more."""
+    """Check what an implementation in Python relies on: sizes, device, dtype of masks. Public calls have checked more."""
     given = dict(zip(NAMES[name], args, strict=True))
     first = args[0]
     if "logits" in given:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
+import pmpo_kernels
 from pmpo_kernels import LossConfig, checks, pmpo_loss
 from pmpo_kernels import triton as stages
 from pmpo_kernels.impls import interpreted
@@ -121,3 +127,43 @@ def test_what_is_counted(count: Count) -> None:
             stats.t().contiguous().t(), None, None, None, [0.0, 0.0, 0.0, 1.0, 0.0], torch.float32
         )
     assert count.started == ["aten.clone.default", "_aggregate_fwd_kernel"]
+
+
+class FirstKernel(Exception):
+    """Instead of a launch."""
+
+
+def tensors(value: object) -> list[Tensor]:
+    if isinstance(value, (tuple, list)):
+        return [tensor for element in value for tensor in tensors(element)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def test_the_way_to_the_first_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows the logits opens six files and comes back once, to api.py; who follows all tensors of a call, eight."""
+    package, case = Path(pmpo_kernels.__file__).parent, make_case(torch.float32, B=3, T=5, V=64)
+    of_logits, of_all = [], set()
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and package in path.parents:
+            given = tensors(list(frame.f_locals.values()))
+            if given:
+                of_all.add(path)
+            if any(tensor.data_ptr() == case.logits.data_ptr() for tensor in given):
+                of_logits.append(path.relative_to(package).as_posix())
+
+    def launch(*args: Any, **options: Any) -> None:
+        raise FirstKernel
+
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
+    sys.setprofile(enter)
+    try:
+        with pytest.raises(FirstKernel):
+            pmpo_loss(case.logits, case.token_ids, case.old_logp, case.advantages, mask=case.mask, impl="triton")
+    finally:
+        sys.setprofile(None)
+    way = [path for path, _ in groupby(of_logits)]
+    assert way[:5] == ["api.py", "checks.py", "api.py", "autograd.py", "ops.py"]
+    assert way[5:7] == ["triton/token_logp.py", "triton/launch.py"]
+    assert len(of_all) <= 8, of_all

@@ -83,7 +83,7 @@ class LinearLoss:
             self.gradient(rows[piece], h, dlogp[piece], dentropy[piece], ids, *saved)
 
     def token_logp(self, rows: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Hidden states (M, H) and ids of tokens, and the results of the stage (M,); the logits stay in the projection."""
+        """Hidden states (M, H) and ids (M,) of tokens, and the stage's results, (M,) each. The projection keeps their logits."""
         h, z = self.projection.project(rows)
         ids, parts, temperature = self.token_ids[rows][None], self.sharing.parts, self.projection.temperature
         any_ids, targets = (ids, ids) if parts is None else parts.local_ids(ids)
@@ -92,7 +92,7 @@ class LinearLoss:
         return h, targets[0], [x[0] for x in found]
 
     def trajectory(self, rows: Tensor, chunk: slice, begin: int) -> tuple[Tensor, Tensor]:
-        """Coefficients of the tokens' logp and entropy (M,) over D, of whole trajectories."""
+        """The coefficients (M,) of logp and entropy of the tokens at `rows`, which are whole trajectories, divided by D."""
         if self.sharing.splits_trajectories:
             return self.over_denominator(*self.shared_trajectories(rows))
         who = self.work.trajectories[chunk]
@@ -149,7 +149,7 @@ class LinearLoss:
         row_sum: Tensor,
         entropy: Tensor,
     ) -> None:
-        """The two products with the gradient of the logits in the projection's first rows, of tokens at `rows`; all (M,)."""
+        """Write the gradient of the logits over the projection's first rows, and add its two products; all arguments (M, ...)."""
         scale = None
         if self.projection.head.dtype == torch.float16:
             V = self.sharing.whole_vocabulary(self.projection.weight.shape[0])
