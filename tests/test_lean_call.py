@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 import pmpo_kernels
-from pmpo_kernels import LossConfig, checks, pmpo_loss
+from pmpo_kernels import LossConfig, batch, checks, impls, pmpo_loss
 from pmpo_kernels import triton as stages
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
 from pmpo_kernels.verification import make_case
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="counts launches of Triton's interpreter")
+PACKAGE = Path(pmpo_kernels.__file__).parent
 NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach")
 
 
@@ -129,6 +130,32 @@ def test_what_is_counted(count: Count) -> None:
     assert count.started == ["aten.clone.default", "_aggregate_fwd_kernel"]
 
 
+CHECKS = {"check_config", "check_logits", "check_call", "check_offsets", "check_token_ids", "resolve_impl"}
+FILES = {module.__file__ for module in (batch, checks, impls)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_thing_is_checked_once(packed: bool) -> None:
+    case, checked = make_case(torch.float32, B=3, T=5, V=64), []
+    tokens = {name: getattr(case, name) for name in ("token_ids", "old_logp", "mask", "ref_logp", "rollout_weights")}
+    logits = case.logits
+    if packed:
+        logits, tokens = logits.flatten(0, 1), {name: x.flatten() for name, x in tokens.items()}
+        tokens["cu_seqlens"] = torch.arange(4) * 5
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        name = frame.f_code.co_name
+        if event == "call" and frame.f_code.co_filename in FILES and name in CHECKS | {"check_tensor"}:
+            checked.append(frame.f_locals["name"] if name == "check_tensor" else name)
+
+    sys.setprofile(enter)
+    try:
+        pmpo_loss(logits, advantages=case.advantages, target_ess=case.advantages.abs(), impl="reference", **tokens)
+    finally:
+        sys.setprofile(None)
+    assert sorted(checked) == sorted({*CHECKS, "logits", "advantages", "target_ess", *tokens})
+
+
 class FirstKernel(Exception):
     """Instead of a launch."""
 
@@ -141,17 +168,17 @@ def tensors(value: object) -> list[Tensor]:
 
 def test_the_way_to_the_first_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who follows the logits opens six files and comes back once, to api.py; who follows all tensors of a call, eight."""
-    package, case = Path(pmpo_kernels.__file__).parent, make_case(torch.float32, B=3, T=5, V=64)
+    case = make_case(torch.float32, B=3, T=5, V=64)
     of_logits, of_all = [], set()
 
     def enter(frame: FrameType, event: str, _: object) -> None:
         path = Path(frame.f_code.co_filename)
-        if event == "call" and package in path.parents:
+        if event == "call" and PACKAGE in path.parents:
             given = tensors(list(frame.f_locals.values()))
             if given:
                 of_all.add(path)
             if any(tensor.data_ptr() == case.logits.data_ptr() for tensor in given):
-                of_logits.append(path.relative_to(package).as_posix())
+                of_logits.append(path.relative_to(PACKAGE).as_posix())
 
     def launch(*args: Any, **options: Any) -> None:
         raise FirstKernel
