@@ -31,6 +31,7 @@ from pmpo_kernels import (
     solve_power,
     token_logp,
 )
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.contract import ELSEWHERE, compute_dtype
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
@@ -311,10 +312,8 @@ def test_offsets_that_nobody_checked(N: int, offsets: list[int]) -> None:
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False)
     for pattern in PATTERNS:
         with guarded(pattern, LAUNCHER) as guard:
-            MODULES[1].trajectory(
-                logp, -logp, torch.ones(2, device=DEVICE), None, torch.tensor(offsets, device=DEVICE), *[None] * 6,
-                options,
-            )  # fmt: skip
+            batch = Batch(torch.ones(2, device=DEVICE), torch.tensor(offsets, device=DEVICE), old_logp=-logp)
+            MODULES[1].trajectory(logp, None, batch, options)
         assert guard.kernels == kernels_of("trajectory", "triton")
 
 
