@@ -1,5 +1,5 @@
-// The Python module `pmpo_kernels._C`: importing it registers the operators; it tells, and for tests limits, the
-// instruction set. Python's limited API: one binary for every Python from 3.10 on.
+// The Python module `pmpo_kernels._C`. Importing it registers the operators. Its functions tell the instruction set in use, and
+// let tests choose another. It uses Python's limited API, so that one binary serves every Python from 3.10 on.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

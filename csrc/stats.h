@@ -1,4 +1,4 @@
-// Rows of a trajectory's statistics, `STATS` of config.py in its order.
+// Rows of the statistics, in the order of `STATS` in config.py.
 
 #pragma once
 
