@@ -4,7 +4,7 @@ python benchmarks/binaries.py sm_90            JSON lines, one a binary: registe
 python benchmarks/binaries.py --out FOLDER     the same for every architecture, as binaries-<version of triton>.json
 make binaries                                  that for two versions; docs/performance.md is made from them
 
-A program of its own, because kernels that were imported under the interpreter cannot be compiled.
+It is a program of its own, because kernels that were imported under the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ SHARED = {
 
 
 class Kernel(NamedTuple):
-    """One combination in use: what `triton.compile` needs, the columns (or tokens) a step, and threads a program."""
+    """One kernel to compile: what `triton.compile` needs, the columns (or tokens) of a step, and the threads of a program."""
 
     name: str
     function: Any
@@ -96,7 +96,7 @@ def module(stage: str) -> Any:
 
 
 def kernels(arch: str) -> Iterator[Kernel]:
-    """Every combination in use on an architecture."""
+    """Yield every kernel that is in use on an architecture, with each combination of its constants."""
     for V, dtype in CASES:
         yield from vocabulary_kernels(arch, V, dtype, launch_config(V, DTYPES[dtype], arch, ROWS))
     scale = module("scale")
@@ -131,7 +131,8 @@ def kernels(arch: str) -> Iterator[Kernel]:
 
 
 def vocabulary_kernels(arch: str, V: int, dtype: str, config: LaunchConfig) -> Iterator[Kernel]:
-    """token_logp and its merge; dlogits where rows of logits and gradient lie alike to 16-byte boundaries, and where not."""
+    """Yield token_logp and its merge, and dlogits twice: where rows of logits and gradient lie alike to 16-byte boundaries, and
+    where not."""
     pointers = SHARED | {f"{name}_ptr": "*fp64" if dtype == "fp64" else "*fp32" for name in SMALL}
     pointers |= {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
 
@@ -151,7 +152,7 @@ def vocabulary_kernels(arch: str, V: int, dtype: str, config: LaunchConfig) -> I
 
 
 def alternatives(arch: str, V: int, dtype: str) -> Iterator[tuple[Step, Kernel]]:
-    """The steps that `sweep.py` compares."""
+    """Yield the steps that `sweep.py` compares, each with its kernel."""
     for name in STAGES:
         for step in steps(name):
             config = launch_config(V, DTYPES[dtype], arch, ROWS, **{name: step})
@@ -160,7 +161,7 @@ def alternatives(arch: str, V: int, dtype: str) -> Iterator[tuple[Step, Kernel]]
 
 
 def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
-    """The binary for a target; pointers are 16-byte aligned, as PyTorch's tensors are, unless the kernel does not ask."""
+    """Compile a kernel for a target. Pointers are 16-byte aligned, as those of PyTorch are, unless the kernel does not ask."""
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.function.params):
         name = parameter.name
@@ -179,8 +180,8 @@ def run(tool: str, *arguments: str) -> str:
 
 
 def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
-    """Spilled bytes or registers; on NVIDIA also registers, how often each width of global access occurs, and the loop over
-    the vocabulary."""
+    """Describe a binary: spilled bytes or registers; on NVIDIA also registers, how often each width of global access occurs, and
+    the loop over the vocabulary."""
     if target.backend == "hip":
         # scalar spills stay in vector registers
         spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])]
@@ -207,7 +208,7 @@ def inspect(compiled: Any, kernel: Kernel, target: GPUTarget) -> dict[str, Any]:
 
 
 def loop_bodies(sass: str) -> tuple[list[list[str]], list[list[str]]]:
-    """The instructions of each innermost loop, without their predicates, and of each loop around others."""
+    """Return the instructions, without their predicates, of each innermost loop, and those of each loop around others."""
     lines = [re.sub(r"/\*[^*]*\*/", "", line).strip() for line in sass.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     jumps = [(i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
@@ -222,15 +223,16 @@ def loop_bodies(sass: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def token_pass(body: list[str], kernel: Kernel) -> dict[str, float]:
-    """One loop of a kernel over tokens or trajectories: instructions for each, or for each step, and of these float64."""
+    """Count the instructions of one loop over tokens or trajectories, for each of these (or for each step), and the float64 ones
+    among them."""
     tokens = kernel.step / kernel.threads
     doubles = sum(bool(re.match(r"D(ADD|MUL|FMA|SETP)", op)) for op in body)
     return {"instructions": len(body) / tokens, "float64": doubles / tokens}
 
 
 def hot_loop(bodies: list[list[str]], kernel: Kernel) -> dict[str, Any]:
-    """The loop that loads most: instructions a column (all; exponentials; comparisons, selections, conversions and integers),
-    bytes that a thread loads a step, and how many of them are under way."""
+    """Describe the loop that loads most: instructions a column (all; exponentials; comparisons, selections, conversions and
+    integers), bytes that a thread loads in a step, and how many of them are under way."""
     body = max(bodies, key=lambda body: (sum(map(is_load, body)), -len(body)), default=[])
     columns = kernel.step / kernel.threads
     loads = [text for text in body if is_load(text)]
@@ -245,7 +247,7 @@ def hot_loop(bodies: list[list[str]], kernel: Kernel) -> dict[str, Any]:
 
 
 def binaries(arch: str) -> Iterator[dict[str, Any]]:
-    """One description a binary of an architecture."""
+    """Yield the description of every binary of an architecture."""
     for kernel in kernels(arch):
         found = inspect(compile_kernel(kernel, TARGETS[arch]), kernel, TARGETS[arch])
         yield {"arch": arch, "kernel": kernel.name, "threads": kernel.threads, "columns": kernel.step} | found

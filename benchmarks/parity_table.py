@@ -1,4 +1,4 @@
-"""Write the table of docs/parity.md from a comparison with the installed packages: exits 1 if one disagrees.
+"""Write the table of docs/parity.md from a comparison with the installed packages. Exits 1 if one disagrees.
 
 PYTHONPATH=. TRITON_INTERPRET=1 .venv-peers/bin/python benchmarks/parity_table.py
 """

@@ -25,7 +25,7 @@ DISTRIBUTIONS = ("liger-kernel", "trl", "transformers")
 
 
 def build_liger(level: str, config: LossConfig) -> LossFunction:
-    """`triton_grpo_loss` out of place. Every argument is given: its defaults are another loss."""
+    """Build Liger's `triton_grpo_loss`, out of place. Every argument is given, because its defaults are another loss."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     def loss(logits: Tensor, i: Inputs) -> Tensor:
@@ -55,9 +55,9 @@ def build_liger(level: str, config: LossConfig) -> LossFunction:
 
 
 def build_trl(config: LossConfig) -> LossFunction:
-    """TRL's `selective_log_softmax_and_entropy` (one fused pass on a GPU) without a gradient of the entropy, then the
-    baseline's rest. 16-bit logits become float32 on a CPU, as a mixed-precision model returns them: there TRL would
-    compute in 16 bits."""
+    """Build TRL's `selective_log_softmax_and_entropy` (one fused pass on a GPU) without a gradient of the entropy, then the rest of
+    the baseline. On a CPU 16-bit logits become float32, as a mixed-precision model returns them, because TRL would compute in 16
+    bits there."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
     def loss(logits: Tensor, i: Inputs) -> Tensor:
@@ -74,7 +74,7 @@ def build_trl(config: LossConfig) -> LossFunction:
 
 
 def peers(case: Case) -> tuple[list[Variant], dict[str, str]]:
-    """The packages that compute this case's loss here; and for the others the reason why they are not measured."""
+    """Return the packages that compute this case's loss here, and for the others the reason why they are not measured."""
     chosen, skipped = [], {}
     level = LEVELS.get(case.preset)
     name = f"{LIGER}, {level} level" if level else LIGER
@@ -99,5 +99,5 @@ def peers(case: Case) -> tuple[list[Variant], dict[str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are compared with."""
+    """Versions of the packages that are compared with."""
     return {name: installed(name) for name in DISTRIBUTIONS}

@@ -25,7 +25,7 @@ Content = dict[str, Any]
 
 
 def load(pattern: str) -> dict[Path, Content]:
-    """Results by file, folder by folder, larger logits first."""
+    """Return the results by file, folder by folder, those of larger logits first."""
     found = {path: json.loads(path.read_text()) for path in RESULTS.rglob(pattern)}
     rehearsed = [str(path) for path in found if (path.parent / "REHEARSAL.txt").exists()]
     if rehearsed:
@@ -36,7 +36,7 @@ def load(pattern: str) -> dict[Path, Content]:
 
 
 def ms(value: float) -> str:
-    """Three digits."""
+    """Write milliseconds with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -45,14 +45,15 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def machine(content: Content, device: str) -> str:
-    """What the figures were measured on, in words."""
+    """Say in words what the figures were measured on."""
     devices, versions = content["devices"], content["versions"]
     name = f"{devices['cpu']}, {devices['threads']} threads" if device == "cpu" else devices["cuda:0"]
     return f"{name}, torch {versions['torch']}, triton {versions['triton']}, {content['date'][:10]}"
 
 
 def comparison(files: dict[Path, Content], root: str = "") -> list[str]:
-    """One table for the cases of one machine: a line a case and variant. `root`: the way from the page to the repository."""
+    """Make the lines of a table for the cases of one machine, a line for each case and variant. `root` is the path from the page to
+    the repository."""
     first = next(iter(files.values()))
     device = first["case"]["device"]
     allocators = list(dict.fromkeys(a for c in files.values() for row in c["results"] for a in row["timings"]))
@@ -84,8 +85,8 @@ def comparison(files: dict[Path, Content], root: str = "") -> list[str]:
 
 
 def shares(files: dict[Path, Content]) -> list[str]:
-    """One table for the cases of `run.py` on one machine: a line a case and call, and a stage alone, whose share of a
-    copy's bandwidth is what a target is held against."""
+    """Make the lines of a table for the cases of `run.py` on one machine: a line for each case and call, and for each stage alone,
+    whose share of a copy's bandwidth a target is compared with."""
     first = next(iter(files.values()))
     header = ["logits, loss", "call", "forward ms (share of copy)", "backward ms (share)", "both ms", "memory", "error"]
     rows = []
@@ -112,12 +113,12 @@ def shares(files: dict[Path, Content]) -> list[str]:
 
 
 def folders(files: dict[Path, Content]) -> list[dict[Path, Content]]:
-    """The files of each machine."""
+    """Group the files by the machine they are from."""
     return [{p: c for p, c in files.items() if p.parent == folder} for folder in dict.fromkeys(p.parent for p in files)]
 
 
 def readme() -> str:
-    """Everything between the two markers of the README: the largest vocabulary; all others are in docs/."""
+    """Return the block of the README, which has the largest vocabulary. All others are in docs/."""
     files = load("bench-*.json")
     on_gpu = {path: c for path, c in load("run-*.json").items() if c["case"]["device"] != "cpu"}
     parts = [
@@ -136,7 +137,7 @@ def readme() -> str:
 
 
 def heads(files: dict[Path, Content]) -> list[str]:
-    """One table for the cases of `head.py` on one machine: a line a case and row."""
+    """Make the lines of a table for the cases of `head.py` on one machine, a line for each case and row."""
     first = next(iter(files.values()))
     header = ["loss, hidden states, head", "row", "forward + backward ms", "over the products", "against eager"]
     header += ["of the full case", "memory beyond inputs", "gradient error"]
@@ -171,7 +172,7 @@ def heads(files: dict[Path, Content]) -> list[str]:
 
 
 def fused_head() -> str:
-    """Everything between the two markers of docs/fused_head.md."""
+    """Return the block of docs/fused_head.md."""
     keys = ("preset", "zero_advantage", "clipped")  # the full case first
     found = load("head-*.json")
     files = {
@@ -183,7 +184,7 @@ def fused_head() -> str:
 
 
 def stage_rows(kind: str, found: Content, elements: int) -> list[list[str]]:
-    """One dtype's stages: times, scaling, bandwidth, and the two floors."""
+    """Make the rows of one dtype's stages: times, scaling, bandwidth, and the two floors."""
     one, together = (found["threads"][n] for n in (min(found["threads"], key=int), max(found["threads"], key=int)))
     threads = int(max(found["threads"], key=int))
     rows = []
@@ -209,7 +210,7 @@ def stage_rows(kind: str, found: Content, elements: int) -> list[list[str]]:
 
 
 def stages(content: Content) -> str:
-    """One machine's stages against its floors."""
+    """Return the section about one machine's stages and their floors."""
     B, T, V = content["shape"]
     dtypes, share = content["dtypes"], content["trajectory"]
     threads = max(next(iter(dtypes.values()))["threads"], key=int)
@@ -238,7 +239,7 @@ def stages(content: Content) -> str:
 
 
 def resident(found: Prediction, loop: Content) -> list[str]:
-    """Cells of what a multiprocessor has under way."""
+    """Return the cells that tell what a multiprocessor has under way."""
     kib, covered = f"{found.bytes_in_flight / 2**10:.0f}", f"{found.covered_ns:,.0f}"
     return [f"{found.resident_threads:,}", kib, covered, f"{loop['exposed']:.0%}", f"{loop['instructions']:.1f}"]
 
@@ -247,7 +248,7 @@ RESIDENT = ["threads a multiprocessor", "KiB under way", "covers ns", "exposed",
 
 
 def predictions(content: Content) -> str:
-    """The binaries of the vocabulary kernels beside the floor of an H200, as its data sheet has it."""
+    """Return the table of the vocabulary kernels' binaries beside the floor of an H200, as its data sheet has it."""
     header = ["kernel", "registers", *RESIDENT]
     header += ["floor by bytes, ms", "by instructions", "by exponentials", "predicted, ms"]
     rows = []
@@ -277,7 +278,7 @@ def predictions(content: Content) -> str:
 
 
 def settings(content: Content) -> str:
-    """The steps that sweep.py compares, the default first, by their binaries."""
+    """Return the table of the steps that sweep.py compares, the default first, by their binaries."""
     rows: list[list[str]] = []
     for binary in content["alternatives"]:
         stage, _, vocab = binary["kernel"].split()
@@ -292,7 +293,7 @@ def settings(content: Content) -> str:
 
 
 def trajectory_passes(content: Content) -> str:
-    """The kernels of the trajectory stage on sm_90, and their longest chain."""
+    """Return the table of the trajectory stage's kernels on sm_90, and their longest chain."""
     parts = {
         b["kernel"].split()[1]: b
         for b in content["binaries"]
@@ -317,7 +318,7 @@ def trajectory_passes(content: Content) -> str:
 
 
 def performance() -> str:
-    """What the binaries promise, between the two markers of docs/performance.md; a section for each version of Triton."""
+    """Return the block of docs/performance.md, what the binaries promise, with a section for each version of Triton."""
     parts = []
     for path in sorted(RESULTS.glob("binaries-*.json")):
         compiled = json.loads(path.read_text())
@@ -327,7 +328,7 @@ def performance() -> str:
 
 
 def performance_cpu() -> str:
-    """Everything between the two markers of docs/performance_cpu.md."""
+    """Return the block of docs/performance_cpu.md."""
     files = load("stages.json")
     on_cpu = {path: c for path, c in load("bench-*.json").items() if c["case"]["device"] == "cpu"}
     parts = ["A step beside eager PyTorch and `torch.compile`, medians:"]

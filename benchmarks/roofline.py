@@ -1,4 +1,4 @@
-"""What a binary's figures allow on a chip: a model from data sheets, not a measurement.
+"""What a binary's figures allow on a chip. This is a model from data sheets, not a measurement.
 
 A kernel cannot be faster than its bytes at the memory's bandwidth, its instructions at the rate a multiprocessor issues
 them, or its exponentials at that of the special function units. `covered_ns` is the memory latency that the loads under way
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """Rates a multiprocessor and clock: CUDA C++ programming guide, arithmetic throughput of compute capability 9.0."""
+    """Rates of a chip, by multiprocessor and clock: CUDA C++ programming guide, arithmetic throughput of compute capability 9.0."""
 
     name: str
     multiprocessors: int
@@ -29,7 +29,7 @@ H200 = Chip("H200 SXM", 132, 1.98e9, 4.8e12)
 
 
 class Prediction(NamedTuple):
-    """Milliseconds of one stage by each limit, and what is resident on a multiprocessor."""
+    """Milliseconds of one stage by each limit, and what is resident on a multiprocessor meanwhile."""
 
     by_bytes: float
     by_instructions: float
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 
 
 def predict(binary: dict[str, Any], chip: Chip, columns: float, bytes_a_column: int) -> Prediction:
-    """A stage over `columns` = rows x V logits, from the description that `binaries.py` gives of its kernel."""
+    """Predict a stage over `columns` = rows x V logits from the description that `binaries.py` gives of its kernel."""
     threads, loop = binary["threads"], binary["loop"]
     registers = -(-binary["registers"] // 8) * 8 * threads  # given out in eights a thread
     shared = binary["shared_bytes"] + 2**10
@@ -62,7 +62,8 @@ def predict(binary: dict[str, Any], chip: Chip, columns: float, bytes_a_column: 
 
 
 class Chain(NamedTuple):
-    """Instructions of a thread in each kernel of the trajectory stage, one after the other, and what they take to issue."""
+    """Instructions of a thread in each kernel of the trajectory stage, one after the other, and the time that it takes to issue
+    them."""
 
     sums: float
     power: float
@@ -75,10 +76,11 @@ class Chain(NamedTuple):
 
 
 def trajectory_chain(parts: dict[str, dict[str, Any]], chip: Chip, tokens: int, steps: int, trajectories: int) -> Chain:
-    """The longest chain of one adaptive trajectory of so many tokens, with so many Newton steps, in a batch of so many, from the
-    descriptions of the kernels `sums`, `power` and `gradient`.
+    """Predict the longest chain of one adaptive trajectory of `tokens` tokens with `steps` Newton steps, in a batch of
+    `trajectories`.
 
-    An upper bound: every instruction is counted once, as if every branch were taken, and a loop's again for each further turn.
+    `parts` describes the kernels `sums`, `power` and `gradient`. It is an upper bound: every instruction is counted once, as if
+    every branch were taken, and those of a loop again for each further turn.
     """
     count = {name: float(part["instructions"]) for name, part in parts.items()}
     for name in ("sums", "gradient"):

@@ -32,7 +32,7 @@ WHY_NOT = {None: "in the first case only, unless --compile", False: "left out by
 
 
 def chosen_variants(case: Case, left_out: str | None) -> tuple[list[Variant], dict[str, str]]:
-    """Every row of a case, and for the others the reason why they are not measured; `left_out` is that of torch.compile."""
+    """Return every row of a case, and for the others the reason why they are not measured; `left_out` is that of torch.compile."""
     ours, skipped = variants(case.device, check_interpreted=True)
     others, missing = peers(case)
     if left_out:
@@ -70,12 +70,12 @@ def run_case(case: Case, repeats: int, left_out: str | None, memory: bool, out: 
 
 
 def files(case: Case, out: Path) -> tuple[Path, Path]:
-    """What a case writes."""
+    """Paths of the JSON file and the picture of a case."""
     return out / f"run-{case.name}.json", out / f"run-{case.name}.png"
 
 
 def those_that_fit(cases: list[Case], console: Console) -> list[Case]:
-    """Without those that need more memory than there is, which are named; all of them if not one fits."""
+    """Return the cases without those that need more memory than there is, which are named; all of them if not one fits."""
     problems = {case: memory_problem(case) for case in cases}
     fitting = [case for case, problem in problems.items() if problem is None]
     for case, problem in problems.items():

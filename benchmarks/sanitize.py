@@ -1,7 +1,7 @@
 """Small forward and backward passes of the Triton kernels, for `compute-sanitizer python benchmarks/sanitize.py`.
 
-Lengths and vocabularies that are no multiple of a block, rows that begin anywhere, rows shared by several programs and not,
-so that every tail, edge and mask is exercised; then every optional input and further way into the kernels.
+Lengths and vocabularies are no multiples of a block, rows begin anywhere and are shared by several programs or not, so that every
+tail, edge and mask is exercised. Then come every optional input and further way into the kernels.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def finite(loss: Tensor, *leaves: Tensor) -> None:
 
 
 def run(V: int, T: int, dtype: torch.dtype, packed: bool, inplace: bool, config: LossConfig, device: str) -> None:
-    """One loss and its gradient."""
+    """Compute one loss and its gradient."""
     logits, token_ids, old_logp, ref_logp, advantages, mask = make_batch(V, T, dtype, device)
     cu_seqlens = None
     if packed:
@@ -98,7 +98,7 @@ def without_options(batch: Case) -> None:
 
 
 def more_positions(batch: Case) -> None:
-    """T + 1 positions of rows that are wider, and begin where no row of the batch does."""
+    """Run on logits of T + 1 positions, whose rows are wider and begin where no row of the batch does."""
     B, T, V = batch.logits.shape
     wide = batch.logits.new_zeros(B, T + 1, V + 8)
     wide[:, :T, 1 : V + 1] = batch.logits
@@ -106,7 +106,8 @@ def more_positions(batch: Case) -> None:
 
 
 def long_trajectories(batch: Case) -> None:
-    """One token more than some blocks, and a step, of the trajectory kernels, between two short trajectories, from log-probs."""
+    """Run from log-probs on trajectories one token longer than some blocks, and a step, of the trajectory kernels, between two
+    short ones."""
     N = 1025 + 4
     logp, old_logp, ref_logp, entropy = torch.linspace(-1, 1, 4 * N, device=batch.logits.device).view(4, N)
     leaves = [x.clone().requires_grad_() for x in (logp, entropy)]
@@ -124,7 +125,7 @@ def log_probs_alone(batch: Case) -> None:
 
 
 def linear(batch: Case) -> None:
-    """Through the LM head: the rows of its buffer are wider than the vocabulary, and chunks smaller than a trajectory."""
+    """Run through the LM head. The rows of its buffer are wider than the vocabulary, and chunks are smaller than a trajectory."""
     B, T, V = batch.logits.shape
     hidden, weight = (torch.ones(*size, 16, device=batch.logits.device, requires_grad=True) for size in ((B, T), (V,)))
     out = linear_pmpo_loss(
@@ -135,7 +136,7 @@ def linear(batch: Case) -> None:
 
 
 def values_that_nobody_checks(batch: Case) -> None:
-    """Ids outside of the vocabulary and offsets outside of the tokens, on a GPU: nothing is read or written there."""
+    """Run on a GPU with ids outside of the vocabulary and offsets outside of the tokens. Nothing is read or written there."""
     ids = batch.token_ids.clone()
     ids[:, ::2] = 2**40
     logp, *saved = stages.token_logp(batch.logits, ids, batch.mask, 1.0)
@@ -164,7 +165,7 @@ FURTHER: dict[str, Callable[[Case], None]] = {
 def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="A rehearsal: few rows, a small vocabulary.")] = False,
 ) -> None:
-    """Every combination; on CPU tensors only under Triton's interpreter."""
+    """Run every combination. On CPU tensors this needs Triton's interpreter."""
     device = "cpu" if interpreted() else "cuda"
     few = (40, 3) if tiny else (1000, 37)
     for V, T in (few,) if tiny else (few, (17_003, 37), (17_003, 80)):  # 320 rows are enough for a program each

@@ -59,7 +59,7 @@ def step(model: Model, name: str, tokens: float, gpus: int, device: Device = H10
 
 
 def number(x: float) -> str:
-    """Three digits, with a prefix."""
+    """Write a number with three digits and a prefix."""
     for size, prefix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if x >= size:
             return f"{x / size:.3g}{prefix}"
@@ -79,7 +79,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def per_token() -> list[str]:
-    """What a token costs under each scheme, in the middle of the range."""
+    """Make the table of what a token costs under each scheme, in the middle of the range."""
     model, gpus = MODELS[0], 64
     header = ["scheme", "FLOPs of products", "bytes of products", "bytes of passes", "sent by the loss"]
     header += [
@@ -107,7 +107,7 @@ def per_token() -> list[str]:
 
 
 def predictions() -> list[str]:
-    """A line for each model, number of tokens and of GPUs."""
+    """Make the table of predictions, a line for each model, number of tokens and of GPUs."""
     shown = ["eager, FSDP", "fused, FSDP", "fused, tp 8", "fused, cp 8, FSDP"]
     header = ["model", "tokens a step", "GPUs", "tokens a GPU", "step, s"]
     header += ["eager, FSDP", "`pmpo_loss` or fused, FSDP", "fused, tp 8", "fused, cp 8, FSDP"]
@@ -136,7 +136,7 @@ def predictions() -> list[str]:
 
 
 def most_tokens(head: Head, scheme: Scheme, room: float) -> int:
-    """Of one call whose peak is within `room`, by halving."""
+    """Most tokens of one call whose peak is within `room`, found by halving."""
     low, high = 0, 1 << 32
     while high - low > 1:
         middle = (low + high) // 2
@@ -174,7 +174,7 @@ def memories() -> list[str]:
 
 
 def break_even(model: Model, scheme: Scheme, device: Device = H100) -> int:
-    """Tokens a GPU and call below which the weight's collectives take longer than head and loss."""
+    """Number of tokens a GPU and call below which the weight's collectives take longer than head and loss."""
     low, high = 1, 1 << 24
     while high - low > 1:
         middle = (low + high) // 2
@@ -184,7 +184,7 @@ def break_even(model: Model, scheme: Scheme, device: Device = H100) -> int:
 
 
 def other_assumptions() -> list[Device]:
-    """Every assumed share a third less or more, at most 1, in every combination."""
+    """Return devices with every assumed share a third less or more, at most 1, in every combination."""
     shares = ("of_flops", "of_flops_below", "of_bandwidth", "of_link")
     factors = product((2 / 3, 4 / 3), repeat=len(shares))
     changes = [
@@ -200,13 +200,13 @@ def spread(values: list[float], form: Callable[[float], str]) -> str:
 
 
 def widest(model: Model, scheme: Scheme) -> float:
-    """Hidden size at which the loss's passes take as long as the head's products: both grow with V and the tokens."""
+    """Hidden size at which the loss's passes take as long as the head's products. Both grow with V and the tokens."""
     found = predict(model, scheme, H100, 1e7, CALL, LENGTH)
     return model.head.hidden * found.passes / found.products
 
 
 def findings() -> list[str]:
-    """What the tables say, with their numbers."""
+    """Return what the tables say as sentences with their numbers."""
     places = [(model, 1e7, 64) for model in MODELS]  # bound by arithmetic
     everywhere = [(model, tokens, gpus) for model in MODELS for tokens in TOKENS for gpus in GPUS]
 
@@ -273,7 +273,7 @@ def findings() -> list[str]:
 
 
 def rates() -> list[str]:
-    """Data sheets' figures and assumed shares, of devices; parameters of models."""
+    """Make the tables of the devices' figures, from data sheets, and assumed shares, and of the models' parameters."""
     header = ["", *(device.name for device in (H100, H200)), "share assumed"]
     figures: list[tuple[str, Callable[[Device], str], str]] = [
         ("dense bfloat16, TFLOP/s", lambda d: f"{d.flops / 1e12:,.0f}", f"products {percent(H100.of_flops)}, the layers below"
@@ -301,7 +301,7 @@ def rates() -> list[str]:
 
 
 def blocks() -> dict[str, str]:
-    """What stands between each pair of markers."""
+    """Return the block between each pair of markers."""
     tables = [per_token(), predictions(), memories(), findings()]
     return {"predictions": "\n\n".join("\n".join(part) for part in tables), "rates": "\n".join(rates())}
 

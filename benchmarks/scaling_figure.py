@@ -24,7 +24,7 @@ def draw() -> None:
 
 
 def draw_shares(axis: Any) -> None:
-    """Bars: products and loss, eager beside ours, over models."""
+    """Draw bars for products and loss, eager beside ours, over the models."""
     models = [*SMALLER, *MODELS]
     for i, model in enumerate(models):
         for shift, name, path in ((-0.2, "eager, FSDP", "eager"), (0.2, "`pmpo_loss`, FSDP", "logits")):
@@ -46,7 +46,7 @@ def draw_shares(axis: Any) -> None:
 
 
 def draw_times(axis: Any) -> None:
-    """Lines: milliseconds a call of each part over tokens a GPU."""
+    """Draw lines for the milliseconds a call of each part over the tokens a GPU."""
     model, tokens = MODELS[0], [2**k for k in range(5, 15)]
     tp = [predict(model, SCHEMES["fused, tp 8"](512), H100, 512 * n) for n in tokens]
     fsdp = [predict(model, SCHEMES["fused, FSDP"](512), H100, 512 * n) for n in tokens]
@@ -73,7 +73,7 @@ def draw_times(axis: Any) -> None:
 
 
 def draw_memory(axis: Any) -> None:
-    """Lines: peak memory over the tokens of a call."""
+    """Draw lines for the peak memory over the tokens of a call."""
     head, tokens = MODELS[1].head, [2**k for k in range(10, 19)]
     styles = {
         "eager": (COLOURS["eager"], "-"),

@@ -1,5 +1,5 @@
-"""Many loss steps of changing shapes, dtypes and options, forward and backward: is memory flat, is anything compiled again, are the
-bits the same?
+"""Run many loss steps of changing shapes, dtypes and options, forward and backward, and see whether memory stays flat, nothing is
+compiled again, and the bits stay the same.
 
 python benchmarks/soak.py --out benchmarks/results/soak/cpp.json
 
@@ -34,7 +34,7 @@ MOST_SAMPLES, FEWEST_SAMPLES, STEPS_A_SAMPLE = 200, 8, 100  # at least two sampl
 
 
 def figure(found: Soaked, title: str, path: Path) -> None:
-    """Memory in MiB; below it every count less its median of the second quarter."""
+    """Draw the memory in MiB, and below it every count less its median of the second quarter."""
     fig, (memory, counts) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
     at = np.array(found.at)
     second = (at > at[-1] / 4) & (at <= at[-1] / 2)

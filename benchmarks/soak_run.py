@@ -50,7 +50,7 @@ RunStep = Callable[[int, int, str | None, str], list[Tensor]]
 
 
 class Mallinfo2(ctypes.Structure):
-    """glibc's, since 2.33."""
+    """The struct that glibc's `mallinfo2` returns, which is there since 2.33."""
 
     _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
     _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
@@ -79,7 +79,7 @@ class Gauges:
         return int(info.uordblks + info.hblkhd)
 
     def read(self, row: np.ndarray) -> None:
-        """All of them, after what Python, PyTorch and the C library keep to use again has been given back."""
+        """Read all gauges into `row`, after what Python, PyTorch and the C library keep to use again has been given back."""
         sys._clear_type_cache()  # up to 4,096 attributes' names
         gc.collect()
         if CUDA in self.gauges:
@@ -95,35 +95,37 @@ def live_tensors() -> int:
 
 
 def cached_results() -> int:
-    """In every functools cache that is a module's global: the package's, PyTorch's and Triton's."""
+    """Number of results in every functools cache that is a module's global: the package's, PyTorch's and Triton's."""
     names = [vars(module) for module in list(sys.modules.values()) if type(module) is types.ModuleType]
     found = {id(x): x for module in names for x in list(module.values()) if type(x).__name__ == "_lru_cache_wrapper"}
     return sum(cache.cache_info().currsize for cache in found.values())
 
 
 def graphs() -> int:
-    """Compiled by torch.compile so far."""
+    """Number of graphs that torch.compile has compiled so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def compiled_variants() -> int:
-    """Of the package's Triton kernels, on all devices; the interpreter compiles none."""
+    """Number of compiled variants of the package's Triton kernels, on all devices. The interpreter compiles none."""
     names = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("pmpo_kernels.triton.")]
     kernels = {id(x): x for module in names for x in list(module.values()) if hasattr(x, "device_caches")}
     return sum(len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values())
 
 
 class Soaked(NamedTuple):
-    """Each gauge (one value a sample) after `at` steps, and which of the first steps gave other bits later."""
+    """The readings: each gauge, one value a sample, after `at` steps; and which of the first steps gave other bits later."""
 
     at: list[int]
     held: dict[str, list[int]]
     changed: list[int]
 
     def growth(self) -> dict[str, dict[str, float | bool]]:
-        """Of each gauge, over half of the steps: the largest value of the last quarter less that of the second, and the median
-        slope (Theil, Sen) from the second quarter on; neither may be more than `ALLOWED`. The first quarter is to warm up."""
+        """Return how each gauge grows over half of the steps.
+
+        That is the largest value of the last quarter less that of the second, and the median slope (Theil, Sen) from the second
+        quarter on. Neither may be more than `ALLOWED`. The first quarter is to warm up."""
         at = np.array(self.at)
         quarter = np.ceil(4 * at / at[-1]).astype(int)
         out = {}
@@ -150,8 +152,9 @@ def soak(
     step: RunStep = run_step,
     told: Callable[[int], object] = lambda done: None,
 ) -> Soaked:
-    """`steps` steps; after every `steps` / `samples` of them step 0 again, lest what a step leaves differ with the step, and a
-    reading. Then the first steps again."""
+    """Run `steps` steps, with a reading after every `steps` / `samples` of them, and then the first steps again.
+
+    Before a reading step 0 runs again, so that what a step leaves behind does not differ with the step."""
     gauges, every = Gauges(device), steps // samples
     held = np.zeros((samples, len(gauges.gauges)), dtype=np.int64)  # all of it now: a reading must leave nothing behind
     first = [bits(step(seed, i, impl, device)) for i in range(FIRST)]
@@ -175,7 +178,7 @@ def _child(connection: Connection, *arguments: Any) -> None:
 
 
 def soak_in_fresh_process(told: Callable[[int], object], *arguments: Any) -> Soaked:
-    """`soak(*arguments)` where nothing else allocates; `told` hears of every sample."""
+    """Run `soak(*arguments)` in a fresh process, where nothing else allocates. `told` is called after every sample."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with mock.patch.dict(os.environ, WITHOUT_CACHES):  # read when PyTorch is loaded

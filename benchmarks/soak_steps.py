@@ -1,4 +1,4 @@
-"""Loss steps for `soak.py`: step `index` of a seed is always the same batch, and no two are alike."""
+"""Loss steps for `soak.py`. Step `index` of a seed is always the same batch, and no two are alike."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIGURATIONS = tuple(configurations().values())
 
 
 class Step:
-    """One batch and what is done with it: everything is drawn from (seed, index)."""
+    """One batch and what is done with it, all drawn from (seed, index)."""
 
     def __init__(self, seed: int, index: int, impl: str | None, device: str) -> None:
         self.draw = random.Random(f"{seed} {index}")
@@ -57,7 +57,7 @@ class Step:
         return 4096.0 if self.dtype == torch.float16 else 1.0
 
     def options(self, case: Case) -> dict[str, Any]:
-        """Optional arguments: each is there or not."""
+        """Draw the optional arguments, each of which is there or not."""
         one_a_trajectory = case.advantages.abs() + 0.5
         found = {
             "mask": self.some(None, case.mask, case.mask.int()),
@@ -74,7 +74,7 @@ class Step:
         return found
 
     def packed(self, case: Case, options: dict[str, Any], *tokens: Tensor) -> tuple[Case, list[Tensor]]:
-        """The same without padding: (N, ...), every trajectory as long as its mask."""
+        """Return the case and its tensors without padding, (N, ...): every trajectory is as long as its mask."""
         keep = case.mask
         for name, x in options.items():
             if isinstance(x, Tensor) and x.shape == keep.shape:
@@ -111,7 +111,7 @@ def from_logp(s: Step) -> list[Tensor]:
 
 
 def from_hidden(s: Step) -> list[Tensor]:
-    """The fused head: chunks, bias, softcap, autocast, frozen parameters."""
+    """Run a step of the fused head, with chunks, bias, softcap, autocast and frozen parameters as they are drawn."""
     case = s.case()
     generator = torch.Generator().manual_seed(s.number)
     shapes = ((s.B, s.T, HIDDEN), (s.V, HIDDEN), (s.V,))
@@ -149,7 +149,8 @@ def solver(s: Step) -> list[Tensor]:
 
 @cache
 def compiled_loss() -> Callable[..., Tensor]:
-    """One graph for all batches, as docs/pytorch.md promises; without a code generator, which would only cost time."""
+    """Compile the loss into one graph for all batches, as docs/pytorch.md promises, without a code generator, which would only cost
+    time."""
 
     def loss(z: Tensor, case: Case, power: float, impl: str | None) -> Tensor:
         given = (case.token_ids, case.old_logp, case.advantages)
@@ -160,7 +161,8 @@ def compiled_loss() -> Callable[..., Tensor]:
 
 
 def compiled(s: Step) -> list[Tensor]:
-    """B and T differ and are more than 1: PyTorch compiles once more for 1, and where sizes that were equal part."""
+    """Run a step under torch.compile. B and T differ and are more than 1, because PyTorch compiles once more for 1, and where sizes
+    that were equal part."""
     s.dtype, s.V, s.B = torch.float32, COMPILED_V, max(s.B, 2)
     s.T = max(s.T, 9)
     case = s.case()
@@ -187,13 +189,13 @@ def results(out: PMPOOutput) -> list[Tensor]:
 
 
 def run_step(seed: int, index: int, impl: str | None, device: str) -> list[Tensor]:
-    """Forward and backward of one step: everything it returned, and its gradients."""
+    """Run forward and backward of one step, and return all its results and gradients."""
     step = Step(seed, index, impl, device)
     return step.kind(step)
 
 
 def bits(tensors: list[Tensor]) -> str:
-    """SHA-256 of their bytes."""
+    """SHA-256 of the tensors' bytes."""
     digest = hashlib.sha256()
     for x in tensors:
         digest.update(x.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())

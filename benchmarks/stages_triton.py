@@ -24,8 +24,8 @@ from pmpo_kernels.impls import interpreted
 def measure_triton(cases: list[Case], repeats: int, files: dict[str, Path], console: Console) -> bool:
     """Check the fused calls against float64, then time them, their stages, and a read and a copy of the logits, interleaved.
 
-    The file is renewed after each round. A case that needs more memory than there is is named and left out. Whether a
-    result was wrong, which has no times.
+    The file is renewed after each round. A case that needs more memory than there is is named and left out. Returns whether a
+    result was wrong; a wrong one has no times.
     """
     found: dict[str, Any] = {
         "complete": False,
@@ -50,7 +50,7 @@ def measure_triton(cases: list[Case], repeats: int, files: dict[str, Path], cons
 
 
 def measure_case(case: Case, repeats: int, found: dict[str, Any], path: Path, console: Console) -> RunReport:
-    """One case, the last of `found["cases"]`."""
+    """Measure one case, the last of `found["cases"]`."""
     setting = allocators(case.device)[-1]
     done = found["cases"]
 

@@ -8,21 +8,22 @@ WIDTH = re.compile(r"\.(128|64|U16|U8)\b")  # of an access, 32 bits if it names 
 
 
 def is_load(instruction: str) -> bool:
-    """Of global memory, into registers or into shared memory (LDGDEPBAR is not one)."""
+    """Whether an instruction loads from global memory, into registers or into shared memory (LDGDEPBAR does not)."""
     return bool(re.match(r"LDG(STS)?\.", instruction))
 
 
 def size_of(instruction: str) -> int:
-    """Bytes of an access."""
+    """Number of bytes of an access."""
     width = WIDTH.search(instruction.split()[0])
     return {"128": 16, "64": 8, "U16": 2, "U8": 1}[width[1]] if width else 4
 
 
 def needs(body: list[str]) -> dict[int, tuple[int, int]]:
-    """Where each load of a loop stands, its bytes, and where these are first needed: counted on into later steps."""
+    """Return by the position of each load in a loop its bytes, and the position where they are first needed. That is counted on
+    into later steps."""
     found, steps = {}, len(body)
     for i, text in enumerate(body):
-        if text.startswith("LDGSTS"):  # a group a step; at the barrier the newest so many may still be under way
+        if text.startswith("LDGSTS"):  # a group a step; at the barrier the newest ones may still be under way
             groups = ((j, re.match(r"DEPBAR\.LE SB0, (\w+)", other)) for j, other in enumerate(body))
             barrier, newest = next((j, int(group[1], 0)) for j, group in groups if group)
             found[i] = size_of(text), barrier + steps * (newest + (i > barrier))
@@ -35,13 +36,15 @@ def needs(body: list[str]) -> dict[int, tuple[int, int]]:
 
 
 def under_way(body: list[str]) -> dict[str, float]:
-    """A step of a loop whose thread waits for memory takes some latencies (one divided by the stages of copies that are under
-    way, two where a load waits for another), during which `under_way` bytes are on their way; and besides, the time of a part of
-    its instructions, `exposed`, in which nothing more is asked for."""
+    """Return how much a thread has under way in a loop, and for how much of it nothing.
+
+    A step of a loop whose thread waits for memory takes some latencies: one divided by the stages of copies that are under way, or
+    two where a load waits for another. During these `under_way` bytes are on their way. Besides, it takes the time of a part of its
+    instructions, `exposed`, in which nothing more is asked for."""
     loads = needs(body)
 
     def time_of_a_step(latency: float, count: int = 12) -> float:
-        """In instructions, after the first steps; `count` is a multiple of the stages that copies may have."""
+        """Time of a step in instructions, after the first steps. `count` is a multiple of the stages that copies may have."""
         time, arrivals, ends = 0.0, {}, []
         for step in range(2 * count):
             for i in range(len(body)):

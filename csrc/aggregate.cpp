@@ -1,4 +1,4 @@
-// Stage `aggregate`: from the statistics of trajectories to the loss and the metrics.
+// Stage `aggregate`: makes loss and metrics of the trajectories' statistics.
 
 #include <algorithm>
 #include <cmath>
@@ -17,14 +17,14 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 using Options = AggregateOptions;
 using metric::NUM_METRICS;
 
-// The larger one, NaN if one is.
+// The larger of the two, NaN if one is NaN.
 double maximum(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 struct Totals {
-  double loss, denominator, coefficient, metrics[NUM_METRICS];  // coefficient: D dentropy of a token, the largest
+  double loss, denominator, coefficient, metrics[NUM_METRICS];  // coefficient: the largest D dentropy of a token
 };
 
-// Of stats (NUM_STATS, B); clip_fraction (B,).
+// Adds up stats (NUM_STATS, B) over the trajectories, and writes clip_fraction (B,).
 Totals totals(
     const double* stats, const bool* skipped, const double* denominator, int64_t B, const Options& o, double* clip_fraction) {
   double sums[NUM_STATS] = {}, kl = 0, entropy = 0, trajectories = 0, known_tokens = 0, known = 0, largest = 0;

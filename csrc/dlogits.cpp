@@ -15,8 +15,8 @@
 namespace pmpo {
 namespace {
 
-// Fresh memory comes in pages, and asking the system for each 4 KiB one takes longer than computing what is written
-// there. Large pages are 2 MiB; where the system has none, this changes nothing.
+// Asks for large pages, of 2 MiB. Fresh memory comes in pages, and to get it in those of 4 KiB takes longer than to compute what is
+// written there. Where the system has no large pages this changes nothing.
 void prefer_large_pages(void* start, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, worth_it = 8 << 20;
@@ -68,8 +68,8 @@ void write_gradient(
         id = -1;
       }
 
-      // -q (g + h (log q + H)), q = exp(x) / sum and log q = x - log sum of x = (z - max) / temperature, as
-      // exp(x) (constant + slope x)
+      // -q (g + h (log q + H)) as exp(x) (constant + slope x), because q = exp(x) / sum and log q = x - log sum with
+      // x = (z - max) / temperature
       const double scale = 1 / (data<C>(sum)[row] * temperature), log_sum = std::log(data<C>(sum)[row]);
       const C constant = static_cast<C>(-scale * (g + h * (data<C>(H)[row] - log_sum)));
       const C slope = static_cast<C>(-scale * h), shift = data<C>(max)[row];

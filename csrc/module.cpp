@@ -1,5 +1,6 @@
-// The Python module `pmpo_kernels._C`: importing it registers the operators; it tells, and for tests limits, the
-// instruction set; and it tells, for a test, what it shares with Python. Python's limited API: one binary for every Python from 3.10 on.
+// The Python module `pmpo_kernels._C`. Importing it registers the operators. Its functions tell the instruction set in use, and
+// for tests choose another, and tell what the kernels share with Python. It uses Python's limited API, so that one binary serves
+// every Python from 3.10 on.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

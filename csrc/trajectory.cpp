@@ -19,7 +19,7 @@ Bounds sequence_bounds(const Options& o) {
   return {o.sequence_low, o.sequence_high, o.sequence_dual, o.sequence_under};
 }
 
-// Token arrays (N,), nullptr where not given; the rest is one trajectory's.
+// What `compute` reads: arrays of all N tokens, nullptr where not given, and the numbers of one trajectory.
 struct Inputs {
   const double *logp, *old_logp;
   const bool *mask, *policy_mask;
@@ -29,7 +29,7 @@ struct Inputs {
 };
 
 struct Token {
-  bool valid, counts;  // a response token; one of the policy term
+  bool valid, counts;  // whether it is a response token, and one of the policy term
   double d, l;  // log-ratio, log weight
   bool below, above;
 };
@@ -48,8 +48,8 @@ struct Penalty {
   double value, slope;
 };
 
-// Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp, perhaps that of another;
-// with kl_weighted times exp(d), which depends on logp too.
+// Estimate of KL(policy, reference), k1, k2 or k3 at r = ref_logp - logp, and its derivative in logp. Where kl_slope_order names
+// another estimator, the derivative is that one's. With kl_weighted the estimate is multiplied by exp(d), which depends on logp.
 Penalty kl_penalty(double r, double d, const Options& o) {
   const double e = std::expm1(r);
   const double value = o.kl_order == 1 ? -r : o.kl_order == 2 ? r * r / 2 : e - r;
@@ -58,7 +58,7 @@ Penalty kl_penalty(double r, double d, const Options& o) {
   return {std::exp(d) * value, std::exp(d) * (slope + value)};
 }
 
-// log(n / ESS*) of the rule, from the number of clipped tokens.
+// log(n / ESS*), the target that the rule makes of the number of clipped tokens or of target_ess.
 double target_deficit(const LogWeights& l, double clipped, double target_ess, const Options& o) {
   const double n = std::max(l.tokens, 1.0);
   if (o.rule == TARGET) return std::log(n) - std::log(target_ess);
@@ -68,7 +68,7 @@ double target_deficit(const LogWeights& l, double clipped, double target_ess, co
   return -std::log1p(-(1 - severity) * lost);
 }
 
-// One trajectory: writes stats[k * B] and its tokens' gradients; `alive` is room for its log weights.
+// Computes one trajectory: writes its statistics stats[row * B] and its tokens' gradients. `alive` is room for its log weights.
 void compute(
     const Inputs& in, const Options& o, int64_t start, int64_t stop, double* alive, double* stats, int64_t B,
     double* dlogp, double* dentropy) {
@@ -106,7 +106,7 @@ void compute(
   const bool acts = counted > 0 && A != 0 && log_m != -INF;
   const double weight = tokens > 0 ? (o.by_length != 0 ? n : 1) / o.length_norm : 0;
 
-  // -w A M_p W_t where nothing is clipped, M_p W_t in log space; KL and entropy are token means, weighted alike
+  // -w A M_p W_t where nothing is clipped, with M_p W_t in log space. KL and entropy are token means with the same weight.
   const double per_token = weight / n, log_scale = log_m - at.log_mean - std::log(k);
   for (int64_t t = start; t < stop; ++t) {
     const Token token_t = token(in, o, t);

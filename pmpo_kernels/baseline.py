@@ -16,10 +16,8 @@ from pmpo_kernels.reference import trajectory
 def eager_token_logp(
     logits: Tensor, token_ids: Tensor, temperature: float, *, entropy_gradient: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-softmax in float32 (float64 for float64 logits), then gather, then entropy: (logp, entropy), each (B, T).
-
-    An entropy that is only a metric is computed without a graph, as trainers do.
-    """
+    """Return logp and entropy, each (B, T): log-softmax in float32 (float64 for float64 logits), then gather, then entropy. Without
+    `entropy_gradient` the entropy is only a metric and is computed without a graph, as trainers do."""
     scaled = logits if logits.dtype == torch.float64 else logits.float()
     log_q = torch.log_softmax(scaled if temperature == 1.0 else scaled / temperature, dim=-1)
     logp = log_q.gather(-1, token_ids[..., None])[..., 0]
@@ -36,10 +34,8 @@ def eager_pmpo_loss(
     config: LossConfig,
     power: Tensor | None = None,
 ) -> Tensor:
-    """Scalar loss on padded (B, T, V) logits, its gradient left to autograd; `power` (B,) replaces config.power.
-
-    With config.power "ess" p is solved here, by the reference, unless it is given. Without the KL term.
-    """
+    """Loss (0-d) of padded logits (B, T, V), with its gradient left to autograd and without the KL term. `power` (B,) replaces
+    config.power. Where that is "ess" and no power is given, the reference solves p."""
     logp, entropy = eager_token_logp(logits, token_ids, config.temperature, entropy_gradient=config.entropy_coef != 0)
     return eager_loss_from_logp(logp, entropy, old_logp, advantages, mask, config, power)
 
@@ -53,7 +49,7 @@ def eager_loss_from_logp(
     config: LossConfig,
     power: Tensor | None = None,
 ) -> Tensor:
-    """The rest of the loss, from logp and entropy (B, T), in float64: it costs O(tokens)."""
+    """Loss (0-d) from logp and entropy (B, T). It is computed in float64, because it costs only O(tokens)."""
     if config.beta:
         raise ValueError(f"config.beta: expected 0, the baseline has no KL term, got {config.beta}")
     old_logp = logp.detach() if old_logp is None else old_logp
@@ -87,7 +83,7 @@ def eager_loss_from_logp(
 
 
 def _solve(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """p (B,) by the reference."""
+    """p (B,) float64, solved by the reference's trajectory stage."""
     B, T = logp.shape
     options = config.trajectory_options(has_power=False, has_target_ess=False)
     offsets = torch.arange(B + 1, device=logp.device) * T
@@ -96,7 +92,7 @@ def _solve(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, con
 
 
 def _clip(d: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
-    """The clip by the advantage's sign, one- or two-sided, and the dual clip."""
+    """Clip d by the advantage's sign, on one side or on both, and by the dual clip."""
     if config.clip_sides == "two":
         return torch.where(advantage == 0, d, d.clamp(-config.clip_low, config.clip_high))
     ceiling = math.inf if config.dual_clip is None else math.log(config.dual_clip)

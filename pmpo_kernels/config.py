@@ -20,7 +20,7 @@ POWER_LIMIT = 1e30  # beyond it p^2 and p log a overflow float64
 
 
 def representable(temperature: float) -> bool:
-    """Whether a temperature and its inverse are normal numbers of float32, with room for a factor."""
+    """Whether float32 can hold a temperature and its inverse as normal numbers, with room for another factor."""
     return 1e-30 <= temperature <= 1e30
 
 
@@ -126,14 +126,14 @@ class LossConfig:
             expect("max_length", given is None, f'None with loss_agg_mode="{self.loss_agg_mode}"', given)
 
     def _number(self, name: str, expected: str) -> float:
-        """The option as a float, which it becomes: the operators take no integer beyond 64 bits."""
+        """Return the option as a float, and store it as one, because the operators take no integer beyond 64 bits."""
         value = finite_number(name, getattr(self, name), expected)
         object.__setattr__(self, name, value)
         return value
 
     @staticmethod
     def ratio_clip(eps_low: float, eps_high: float) -> dict[str, float]:
-        """`clip_low`, `clip_high` (log space) of a ratio clip to [1 - eps_low, 1 + eps_high], for `LossConfig(**...)`."""
+        """Return `clip_low` and `clip_high` (log space), for `LossConfig`, that clip ratios to [1 - eps_low, 1 + eps_high]."""
         low = finite_number("eps_low", eps_low, "a number in (0, 1)")
         expect("eps_low", 0 < low < 1, "a number in (0, 1)", eps_low)
         high = finite_number("eps_high", eps_high, "a finite number > 0")
@@ -162,8 +162,9 @@ class LossConfig:
 
     @classmethod
     def bnpo(cls, **options: Any) -> LossConfig:
-        """TRL's loss_type "bnpo": GRPO with its clip of 1 +- 0.2, the mean over all tokens of the call (those of this rank
-        and micro-batch, unless `denominator` is given)."""
+        """TRL's loss_type "bnpo": GRPO with its clip of 1 +- 0.2, averaged over all tokens of the call.
+
+        Those are the tokens of this rank and micro-batch, unless `denominator` is given."""
         return cls.grpo(**{"loss_agg_mode": "token-mean", **options})
 
     @classmethod
@@ -199,7 +200,9 @@ class LossConfig:
         return cls.holder_token(power, **{**cls.ratio_clip(0.2, eps_high), **options})
 
     def trajectory_options(self, *, has_power: bool, has_target_ess: bool) -> TrajectoryOptions:
-        """The options of the stage `trajectory`; `has_power` and `has_target_ess` say whether p or ESS* is given per trajectory."""
+        """Return these options as the numbers that the stage `trajectory` reads.
+
+        `has_power` and `has_target_ess` say that the call gives p or ESS* of each trajectory, which replaces the rule."""
         if has_power or self.power != "ess":
             rule = FIXED
         elif has_target_ess:

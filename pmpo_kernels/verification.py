@@ -1,4 +1,4 @@
-"""Is a gradient right? The float64 oracle, the three-part comparison, and tolerances with their derivation.
+"""Whether a loss and its gradient are right: the float64 oracle, a comparison in three parts, tolerances and their derivation.
 
 A gradient of the logits has V entries a row of which V - 1 are tiny, so one absolute tolerance accepts gradients without
 any softmax part. Each row is therefore compared in three parts: target column, off-target columns, row sum.
@@ -21,7 +21,8 @@ from pmpo_kernels.contract import NEWTON_TOLERANCE, STATS, compute_dtype
 
 
 class Case(NamedTuple):
-    """A padded batch with signal: ratios near 1 with some clipped, padding, an empty and a one-token trajectory, A = 0."""
+    """A padded batch: logits (B, T, V), advantages (B,), all else (B, T). Ratios are near 1 and some are clipped; there are
+    padding, an empty trajectory, one of a single token, and an advantage of 0."""
 
     logits: Tensor
     token_ids: Tensor
@@ -33,7 +34,8 @@ class Case(NamedTuple):
 
 
 def make_case(dtype: torch.dtype, *, B: int = 6, T: int = 10, V: int = 201, device: str = "cpu", seed: int = 0) -> Case:
-    """Tokens are sampled from the logits' own distribution; old_logp differs by noise of standard deviation 0.25."""
+    """A random `Case` with logits of this dtype. Tokens are sampled from the logits' own distribution; old_logp differs from logp
+    by noise of standard deviation 0.25."""
     random = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(B, T, V, dtype=torch.float64, generator=random)).to(dtype)
     log_q = torch.log_softmax(logits.double(), -1)
@@ -55,8 +57,11 @@ def make_case(dtype: torch.dtype, *, B: int = 6, T: int = 10, V: int = 201, devi
 
 
 class Oracle(NamedTuple):
-    """What float64 says: loss (), its gradient (B, T, V) by autograd, stats (S, B), and of each row (B, T) the sum of the
-    absolute values of its terms (policy, KL, entropy; 0 on rows that must be 0) and how much larger that is than the row."""
+    """The right results in float64, and the sizes that errors are measured by.
+
+    loss (0-d), its gradient grad (B, T, V) by autograd, and stats (S, B). scale (B, T) is the sum of the absolute values of a
+    row's terms (policy, KL, entropy), 0 on rows that must be 0; condition (B, T) is how much larger that is than the row itself.
+    loss_scale is the sum of the absolute values of the loss's terms."""
 
     loss: Tensor
     grad: Tensor
@@ -67,7 +72,8 @@ class Oracle(NamedTuple):
 
 
 def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracle:
-    """The reference in float64 with autograd as its gradient; `power` (B,) replaces the solved p, as a constant."""
+    """Compute the `Oracle` of a case: the reference in float64, differentiated by autograd. `power` (B,) replaces the solved p, as
+    a constant."""
     z = case.logits.double().clone().requires_grad_()
     logp, _, _, entropy = reference.token_logp(z, case.token_ids, case.mask, config.temperature)
     B, T = case.token_ids.shape
@@ -108,8 +114,9 @@ def oracle(case: Case, config: LossConfig, power: Tensor | None = None) -> Oracl
 
 
 class ThreePartError(NamedTuple):
-    """Largest error over the rows, relative: target column and row sum to the row's scale, off-target columns to their
-    own norm times the row's condition. Infinite where a row that must be zero is not, or anything is not finite."""
+    """The largest relative error over the rows, in each part of a row. Those of the target column and the row sum are relative to
+    the row's scale, that of the off-target columns to their own norm times the row's condition. All are infinite where a row that
+    must be 0 is not, or where anything is not finite."""
 
     target: float
     off_target: float
@@ -117,7 +124,7 @@ class ThreePartError(NamedTuple):
 
 
 def three_part_error(grad: Tensor, want: Oracle, token_ids: Tensor) -> ThreePartError:
-    """Compare a gradient of the logits (B, T, V), any dtype, with float64."""
+    """Compare a gradient of the logits (B, T, V), of any dtype, with the oracle's."""
     grad = grad.double()
     zero = want.scale == 0
     if not bool(grad.isfinite().all()) or bool((grad[zero] != 0).any()):
@@ -133,7 +140,7 @@ def three_part_error(grad: Tensor, want: Oracle, token_ids: Tensor) -> ThreePart
 
 
 def tolerance(case: Case, config: LossConfig, power: Tensor | None = None) -> float:
-    """Bound on each part of the error and on the loss error over its scale: `error_bound` at this case's numbers."""
+    """Bound on each part of the gradient's error and on the loss's error over its scale: `error_bound` for this case."""
     x = float((case.logits.detach()[case.mask].double() / config.temperature).abs().max())
     p = 1.0 if config.power == "ess" else abs(config.power)
     p = max(p, float(power.abs().max())) if power is not None else p
@@ -143,7 +150,7 @@ def tolerance(case: Case, config: LossConfig, power: Tensor | None = None) -> fl
 def error_bound(
     dtype: torch.dtype, V: int, x: float, p: float, *, solved: bool = False, partial_sum: float = 64
 ) -> float:
-    """Bound on each part of the error and on the loss error over its scale, from the rounding of each step.
+    """Bound on each part of the gradient's error, and on the loss's error over its scale, from the rounding of each step.
 
     With u the unit roundoff of the arithmetic (float32 for 16-bit logits) and x the largest |logits / temperature|:
     - z - max, its product with 1 / T (in base 2 with log2(e) / T, itself rounded) and log q: at most three roundings of
@@ -163,8 +170,9 @@ def error_bound(
 
 
 def row_sum_tolerance(case: Case) -> float:
-    """Bound on the row sum alone, which does not grow with |x|: whatever the rounding is, q sums to 1 if the sum, the
-    target and the gradient are made of the same rounded (z - max) / T.
+    """Bound on the error of the row sum alone, which does not grow with |x|.
+
+    Whatever the rounding is, q sums to 1 if the sum, the target and the gradient are made of the same rounded (z - max) / T.
 
     - row_sum and sum q add V positive terms each, at most 64 to a partial sum, then a tree: 2 u (64 + log2 V);
     - log q = x - max - log(row_sum) and the entropy's factor carry u log V each, weighted by q; exp, products, stores: 16 u;
@@ -177,7 +185,8 @@ def row_sum_tolerance(case: Case) -> float:
 
 
 class Verdict(NamedTuple):
-    """One implementation, dtype and configuration against float64; `tolerance` bounds all, `row_sum_tolerance` the row sum."""
+    """The errors of one implementation, dtype and configuration against float64. `tolerance` bounds all of them, and
+    `row_sum_tolerance` bounds the row sum too."""
 
     loss: float
     grad: ThreePartError
@@ -192,8 +201,8 @@ class Verdict(NamedTuple):
 
 
 def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) -> Verdict:
-    """Run `pmpo_loss` forward and backward and compare. A solved p is compared by the residual of its equation, and the
-    gradient is then compared at that p, which is a constant of the loss."""
+    """Run `pmpo_loss` forward and backward and compare loss and gradient with float64. A solved p is compared by the residual of
+    its equation. The gradient is then compared at that p, a constant of the loss."""
     z = case.logits.clone().requires_grad_()
     ref_logp = case.ref_logp if config.beta else None
     out = pmpo_loss(
@@ -222,7 +231,7 @@ def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) 
 
 
 def configurations() -> dict[str, LossConfig]:
-    """The presets, and configurations that reach what no preset does: both ESS rules in between, every further term."""
+    """The presets, and configurations that reach what no preset does: p between its ends by either ESS rule, every further term."""
     terms = {"beta": 0.1, "entropy_coef": 0.01, "temperature": 0.7, "dual_clip": 2.0}
     return {
         "grpo": LossConfig.grpo(),

@@ -1,4 +1,4 @@
-"""Hidden states and an LM head with signal in them, packed, and the leaves of a run."""
+"""Inputs of the comparisons of the fused head: packed hidden states and an LM head whose logits look like a language model's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pmpo_kernels.benchmarking.inputs import MARGIN, chunks, flat_trajectory, lo
 from pmpo_kernels.benchmarking.measure import Steps
 from pmpo_kernels.contract import STATS
 
-PEAKS = 4  # likely tokens of a row
-SPREAD = 1.5  # standard deviation of the logits of all others
+PEAKS = 4  # number of likely tokens in a row
+SPREAD = 1.5  # standard deviation of the logits of all other tokens
 
 
 class HeadInputs(NamedTuple):
-    """hidden (N, H) of the response tokens, trajectory after trajectory; weight (V, H), both with rows in one piece; token_ids,
-    old_logp (N,); advantages (B,); mask (B, T), where they stand in a padded batch; power (B,) float64 where it is adaptive;
-    logp (N,) float64, exact."""
+    """The N response tokens of B trajectories, one trajectory after the other.
+
+    hidden (N, H) and weight (V, H) are contiguous. token_ids, old_logp and logp, exact in float64, are (N,); advantages are (B,).
+    mask (B, T) tells where the tokens stand in a padded batch. power (B,) float64 is the solved p where it is adaptive, else
+    None."""
 
     hidden: Tensor
     weight: Tensor
@@ -33,7 +35,7 @@ class HeadInputs(NamedTuple):
     logp: Tensor
 
     def pad(self, x: Tensor) -> Tensor:
-        """(N, ...) as (B, T, ...), 0 elsewhere; differentiable."""
+        """Put x (N, ...) into a padded batch (B, T, ...), 0 elsewhere. It is differentiable."""
         padded = x.new_zeros(*self.mask.shape, *x.shape[1:])
         return padded.masked_scatter(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 1)), x)
 
@@ -43,15 +45,16 @@ class HeadInputs(NamedTuple):
 
 
 def exact_logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their float64 logits, a chunk at a time."""
+    """Yield slices of rows and the float64 logits (rows, V) of these, a chunk at a time."""
     exact = weight.double().t()
     for rows in chunks(hidden.shape[0], weight.shape[0]):
         yield rows, hidden[rows].double() @ exact
 
 
 def build_head_inputs(case: HeadCase) -> HeadInputs:
-    """Tokens sampled from the softmax of hidden @ weight.T in float64; old_logp = logp - d with d of `log_ratios`, none of
-    them so near a clip bound that the rounding of the logits decides (`logp_error`); the rest as in `build_inputs`.
+    """Make the inputs of a case as `build_inputs` does, with tokens sampled from the softmax of hidden @ weight.T in float64.
+
+    No log-ratio is so near a clip bound that the rounding of the logits (`logp_error`) decides whether it is clipped.
 
     Raises:
         ValueError: the clip bounds leave no room beside the rounding of the logits.
@@ -85,10 +88,10 @@ def build_head_inputs(case: HeadCase) -> HeadInputs:
 
 
 def language_hidden(N: int, weight: Tensor, random: dict[str, Any]) -> Tensor:
-    """(N, H) in the dtype of weight: noise that gives the logits their spread, and as much of 4 random rows of weight as
-    raises their logits to compete with all others together (log V + spread^2 / 2 + 1 - 1.5 log k).
+    """Hidden states (N, H), in the dtype of weight, whose logits are spread like a language model's, as in `language_logits`.
 
-    The spread of a language model's logits, as in `language_logits`; the 4 rows are likely, and one of them mostly is sampled.
+    They are noise, which gives the logits their spread, and as much of 4 random rows of weight as raises the logits of these to
+    compete with all others together (log V + spread^2 / 2 + 1 - 1.5 log k). Mostly one of the 4 is then sampled.
     """
     V, H = weight.shape
     rank = torch.arange(1, PEAKS + 1, device=weight.device)
@@ -104,22 +107,25 @@ def language_hidden(N: int, weight: Tensor, random: dict[str, Any]) -> Tensor:
 
 
 def accumulation(terms: int) -> float:
-    """Error of a sum of `terms` products in float32 over the sum of their absolute values, whatever the order: at most
-    terms u; for roundings that are independent 8 sqrt(terms) u, but for a probability of 1e-13 terms (N. Higham, T. Mary, A new
-    approach to probabilistic rounding error analysis, 2019, theorem 3.1 with lambda = 8)."""
+    """Bound on the error of a sum of `terms` products in float32, in any order, over the sum of their absolute values.
+
+    It is terms u; or, for independent roundings, 8 sqrt(terms) u, except with a probability of 1e-13 terms (N. Higham, T. Mary, A
+    new approach to probabilistic rounding error analysis, 2019, theorem 3.1 with lambda = 8)."""
     return min(terms, 8 * math.sqrt(terms)) * torch.finfo(torch.float32).eps / 2
 
 
 def logp_error(hidden: Tensor, weight: Tensor, largest: float) -> float:
-    """Bound on what the product with the head changes in a log-probability: in the target's logit and in the logsumexp at most
-    as much as in a single logit, u |z| for its storage in the dtype, and `accumulation` of the product of the norms."""
+    """Bound on what the rounding of the product with the head changes in a log-probability.
+
+    The target's logit and the logsumexp each change by at most as much as a single logit z does: by u |z| for its storage in the
+    dtype, and by `accumulation` times the product of the norms."""
     u = torch.finfo(weight.dtype).eps / 2
     norms = [float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).max()) for x in (hidden, weight)]
     return 2 * (u * largest + accumulation(weight.shape[1]) * norms[0] * norms[1])
 
 
 class HeadBench(Steps):
-    """The leaves hidden, packed (N, H) or `padded` (B, T, H) with zeros, and weight. Nothing writes over them."""
+    """Runs with the leaves hidden and weight, which nothing writes over. hidden is packed (N, H) or, with `padded`, (B, T, H)."""
 
     def __init__(self, inputs: HeadInputs, padded: bool = False) -> None:
         self.inputs, self.cuda = inputs, inputs.hidden.is_cuda

@@ -1,4 +1,4 @@
-"""Loss, dhidden and dweight of a row against float64, both gradients row by row."""
+"""Loss and gradients of the fused head's comparisons against float64: dhidden and dweight, row by row."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from pmpo_kernels.contract import STATS
 
 
 class HeadExact(NamedTuple):
-    """What float64 says: gradients hidden (N, H), weight (V, H), and of each of their rows (N,), (V,) the sum of the norms of its
-    terms; which rows of weight are somebody's target; and what the bounds depend on.
+    """The right results in float64: the gradients hidden (N, H) and weight (V, H), the sizes that errors are measured by, and what
+    the bounds depend on. is_target (V,) tells which rows of weight are the target of a token with a gradient.
 
-    With G the gradient of the logits, dhidden_t = sum_j G_tj W_j and dweight_j = sum_t G_tj h_t. The target's term counts
-    with |dlogp| instead of |G|: of 1 - q its rounding leaves an absolute error of q, not a relative one.
+    With G the gradient of the logits, dhidden_t = sum_j G_tj W_j and dweight_j = sum_t G_tj h_t. The scale of a row, hidden_scale
+    (N,) and weight_scale (V,), is the sum of the norms of its terms. The target's term counts with |dlogp| instead of |G|, because
+    the rounding of 1 - q leaves an absolute error of q, not a relative one.
     """
 
     hidden: Tensor
@@ -36,9 +37,9 @@ class HeadExact(NamedTuple):
 
 
 class HeadErrors(NamedTuple):
-    """Largest error over the rows, relative to the row's scale: of dhidden; of dweight, rows that are the target of a token with
-    a gradient and rows that are nobody's, where the softmax stands alone. Infinite where a row that must be 0 is not, or
-    anything is not finite."""
+    """The largest error over the rows, relative to the row's scale: of dhidden, of the rows of dweight that are the target of a
+    token with a gradient, and of its other rows, which the softmax alone makes. Infinite where a row that must be 0 is not, or
+    where anything is not finite."""
 
     hidden: float
     weight_target: float
@@ -47,7 +48,7 @@ class HeadErrors(NamedTuple):
 
 @torch.no_grad()
 def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
-    """Two products more of each chunk of rows with a gradient. The adaptive p is solved here."""
+    """Compute the right results in float64, in chunks of the rows that have a gradient. An adaptive p is solved here."""
     assert config.beta == 0
     assert config.entropy_coef == 0
     assert config.temperature == 1
@@ -91,7 +92,7 @@ def exact(inputs: HeadInputs, config: LossConfig) -> HeadExact:
 def errors(
     loss: Tensor, dhidden: Tensor, dweight: Tensor, inputs: HeadInputs, want: HeadExact
 ) -> tuple[HeadErrors, float]:
-    """dhidden (N, H) or padded (B, T, H), dweight (V, H). The second number is the loss's error over its scale."""
+    """Return the errors of dhidden, (N, H) or padded (B, T, H), and dweight (V, H); and the loss's error over its scale."""
     padding = 0.0
     if dhidden.dim() == 3:
         padding = math.inf if bool((dhidden[~inputs.mask] != 0).any()) else 0.0
@@ -106,7 +107,7 @@ def errors(
 
 
 def relative_errors(found: Tensor, want: Tensor, scale: Tensor) -> Tensor:
-    """Norm of the error of each row over its scale, in chunks of rows; a row with scale 0 must be 0."""
+    """Norm of each row's error over the row's scale, computed in chunks. With scale 0 it is 0 or infinite."""
     out = torch.empty_like(scale)
     for rows in chunks(*want.shape):
         error = (found[rows].double() - want[rows]).norm(dim=1)
@@ -115,13 +116,13 @@ def relative_errors(found: Tensor, want: Tensor, scale: Tensor) -> Tensor:
 
 
 def _largest(errors: Tensor) -> float:
-    """0 for none, infinity for NaN."""
+    """The largest of the errors: 0 if there are none, infinity for NaN."""
     value = float(errors.max()) if errors.numel() else 0.0
     return math.inf if math.isnan(value) else value
 
 
 def bounds(inputs: HeadInputs, want: HeadExact, config: LossConfig) -> tuple[float, float]:
-    """Of the gradients' parts and of the loss, for any order of the sums and any number of chunks up to one a trajectory.
+    """Return the bound on the gradients' parts and that on the loss, for any order of the sums and up to one chunk a trajectory.
 
     With u the unit roundoff of float32 and delta the error of a log-probability, log q_j of any column j among them:
     - delta: `logp_error` of the product with the head; on float32 logits z - max, exp and log at most u (6 |z| + log V), and the

@@ -1,4 +1,4 @@
-"""Peak memory of a variant beyond its inputs."""
+"""`peak_memory`: what a variant needs at its peak beyond its inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(case: Case, variant: Variant, bench: Bench, f: LossFunction) -> int | None:
-    """Bytes at the peak beyond the inputs, by `MEMORY_METHOD`; None where the system does not tell."""
+    """Return the bytes at the peak beyond the inputs, measured as `MEMORY_METHOD` says; None where the system does not tell."""
     return peak_allocated(bench, f) if bench.cuda else peak_resident(partial(_again, case, variant))
 
 
@@ -37,7 +37,7 @@ def _again(case: Case, variant: Variant) -> tuple[Steps, Callable[..., Tensor]]:
 
 
 def peak_allocated(bench: Steps, f: Callable[..., Tensor]) -> int:
-    """Of a GPU's allocator, in this process."""
+    """Return the peak of a GPU's allocator in this process, beyond what was allocated before, in bytes."""
     bench.run(f)
     bench.restore()
     torch.cuda.synchronize()
@@ -58,8 +58,8 @@ Make = Callable[[], tuple[Steps, Callable[..., Tensor]]]
 
 
 def peak_resident(make: Make, warmups: int = 2) -> int | None:
-    """Of a fresh process in which `make()`, which it must be able to unpickle, gives what to run; None where the system
-    does not tell."""
+    """Return the peak of the resident set of a fresh process, beyond what it was before, in bytes; None where the system does not
+    tell. `make()`, which the process must be able to unpickle, gives there what to run."""
     if not _CLEAR_REFS.exists():
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:

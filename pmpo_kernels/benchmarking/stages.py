@@ -1,4 +1,4 @@
-"""The stages of an implementation, each to be timed alone."""
+"""`stage_functions`: the stages of an implementation as functions, to time each alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ StageFunctions = dict[str, Callable[[], object]]
 
 
 def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunctions:
-    """`token_logp`, `trajectory` (p solved where it is adaptive), `dlogits`, and `dlogits_` in place, which writes over the
-    logits of the inputs: they have to be restored after it."""
+    """Return `token_logp`, `trajectory`, `dlogits` and `dlogits_` as functions without arguments. An adaptive p is solved.
+    `dlogits_` writes over the logits of the inputs, which have to be restored after it."""
     i = inputs
     B, T = i.mask.shape
     logp, row_max, row_sum, entropy = stage("token_logp", impl)(i.logits, i.token_ids, i.mask, config.temperature)

@@ -1,4 +1,4 @@
-"""The Typer application; each command lives in the file of its name and imports what is heavy when it runs."""
+"""The Typer application. Each command lives in the file of its name, and imports heavy modules only when it runs."""
 
 from __future__ import annotations
 

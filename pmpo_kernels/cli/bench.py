@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pmpo_kernels.benchmarking.variants import Variant
 
 VOCABS = (151936, 49152)  # Qwen2.5, SmolLM2
-# (batch, tokens): minutes on two CPU cores; a batch that fills a GPU.
+# (batch, tokens): one takes minutes on two CPU cores, the other fills a GPU.
 DEFAULT_SHAPE = {"cpu": (2, 128), "cuda": (8, 1024)}
 
 
@@ -62,7 +62,7 @@ def command(
     check_memory(cases, "--batch, --tokens, --vocab")
     wrong = []
     for case in cases:
-        # a fresh process each: memory that one case has kept would spare the next one its page faults
+        # each case in a fresh process, because memory kept by one would spare the next its page faults
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             wrong.append(fresh.submit(run, case, repeats, out, torch.get_num_threads()).result())
     if any(wrong):
@@ -70,7 +70,7 @@ def command(
 
 
 def files(case: Case, out: Path) -> dict[str, Path]:
-    """What a case writes, by kind."""
+    """Paths of the files that a case writes, by kind ("json", "png")."""
     return {kind: out / f"bench-{case.name}.{kind}" for kind in ("json", "png")}
 
 
@@ -98,7 +98,7 @@ def check_memory(cases: list[Case], options: str) -> None:
 
 
 def memory_problem(case: Case) -> str | None:
-    """Why a case cannot be measured, if it needs more memory than there is."""
+    """Why a case cannot be measured: it needs more memory than there is. None if it fits."""
     try:
         check_memory([case], "")
     except typer.BadParameter as error:
@@ -115,7 +115,7 @@ def measure(
     memory: bool = True,
     save: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
-    """`compare` with a progress bar."""
+    """Run `comparison.compare` with a progress bar."""
     from pmpo_kernels.benchmarking.comparison import compare, steps
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -129,7 +129,7 @@ def measure(
 
 
 def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
-    """One case: measure, print, write; whether a variant was wrong."""
+    """Measure one case, print its tables and write its files. Return whether a variant was wrong."""
     import torch
 
     from pmpo_kernels.benchmarking import report as reporting

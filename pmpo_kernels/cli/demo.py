@@ -81,7 +81,7 @@ def command(
 
 
 def choose_device(device: str | None) -> str:
-    """The named device if it is there; None: CUDA, or the CPU without a GPU or under Triton's interpreter."""
+    """Return the named device if it is there. None chooses CUDA, or the CPU without a GPU or under Triton's interpreter."""
     if device is None:
         return "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
     kind = device.partition(":")[0]

@@ -13,7 +13,7 @@ from pmpo_kernels.parity import PEERS, TOLERANCE, compare, find_peers, make_batc
 
 
 def check_peers(vocab: int, seed: int) -> NoReturn:
-    """Print the table and exit: 0 if all agree, 1 on a disagreement or a failure, 2 if no peer can be called."""
+    """Print the table and exit with 0 if all agree, 1 on a disagreement or a failure, 2 if no peer can be called."""
     console = wide_console()
     found = find_peers()
     missing = [f"{peer.distribution}: not compared, {peer.problem}" for peer in found.values() if peer.problem]

@@ -1,4 +1,4 @@
-"""`pmpo-kernels verify`: every usable implementation x dtype x configuration against float64."""
+"""`pmpo-kernels verify`: every usable implementation, dtype and configuration against float64."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def command(
 
 
 def device_of(impl: str) -> str:
-    """Where an implementation is checked: Triton on the GPU unless interpreted, C++ on the CPU, the reference anywhere."""
+    """Device that an implementation is checked on: the GPU for Triton unless it is interpreted, else the CPU."""
     if impl == "triton" and not interpreted():
         return "cuda"
     return "cpu"

@@ -14,7 +14,7 @@ ROW_MULTIPLE = 64  # elements to which the fused head rounds its buffer's rows u
 
 @dataclass(frozen=True)
 class Head:
-    """hidden and vocabulary in elements; `element` in bytes (2: bfloat16)."""
+    """An LM head: `hidden` size and `vocabulary` in elements, and the bytes of an `element` (2: bfloat16)."""
 
     hidden: int
     vocabulary: int
@@ -45,11 +45,12 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the loss on one rank: tokens of its part (masked ones too) and trajectories (those left out for A = 0 not).
+    """A call of the loss on one rank: the tokens of its part, masked ones too, and the trajectories that are not left out for A =
+    0.
 
-    rows: tokens that enter a product and a read, default all; gradient_rows: tokens with a gradient, default `rows`; constants:
-    of old_logp, ref_logp, rollout_weights, policy_mask, how many are given; masked: whether mask is; checked: values of arguments
-    are checked (on a CPU always).
+    rows are the tokens that enter a product and a read, by default all; gradient_rows those with a gradient, by default `rows`.
+    constants tells how many of old_logp, ref_logp, rollout_weights, policy_mask are given, masked whether mask is given, checked
+    whether values of arguments are checked (on a CPU always).
     """
 
     tokens: int
@@ -70,24 +71,25 @@ class Call:
 
 
 def part(head: Head, scheme: Scheme) -> float:
-    """V/tp, columns of logits on a rank."""
+    """Number of columns of the logits on a rank, V/tp."""
     return head.vocabulary / scheme.tp
 
 
 def twice(scheme: Scheme, call: Call) -> bool:
-    """Whether the fused head projects again for the gradient: a trajectory's tokens, or with cp > 1 all of the rank's, are more
-    than a chunk."""
+    """Whether the fused head projects again for the gradient, because a trajectory's tokens, or with cp > 1 all of the rank's, are
+    more than a chunk."""
     whole = call.entering / (1 if scheme.cp > 1 else max(call.trajectories, 1))
     return scheme.path == "fused" and whole > scheme.chunk
 
 
 def again(scheme: Scheme, call: Call) -> int:
-    """Tokens that are projected a second time: those with a gradient."""
+    """Number of tokens that are projected a second time, which are those with a gradient."""
     return call.returning if twice(scheme, call) else 0
 
 
 def pieces(scheme: Scheme, call: Call) -> tuple[int, int]:
-    """Chunks of the fused head that are projected, and those that give a gradient; 1 and 1 for a head with all logits."""
+    """Return how many chunks the fused head projects, and how many of them give a gradient. It is 1 and 1 for a head with all
+    logits."""
     if scheme.path != "fused" or not call.entering:
         return 1, 1
     n = 1 if scheme.cp > 1 else call.trajectories
@@ -99,7 +101,8 @@ def pieces(scheme: Scheme, call: Call) -> tuple[int, int]:
 
 
 def largest_chunk(scheme: Scheme, call: Call) -> float:
-    """Tokens of the fused head's largest chunk: as few chunks as possible, of whole trajectories, as even as possible."""
+    """Number of tokens of the fused head's largest chunk. Chunks are as few as possible, of whole trajectories, as even as
+    possible."""
     if twice(scheme, call):
         return scheme.chunk
     n = 1 if scheme.cp > 1 else max(call.trajectories, 1)

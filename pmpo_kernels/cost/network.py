@@ -1,4 +1,4 @@
-"""Collectives of a call and of its trainer: how many, their bytes, and what they take on a network."""
+"""The collectives of a call and of its trainer: their number, their bytes, and their time on a network."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` of an operation among `ranks` that are `stride` GPUs apart.
+    """An operation that runs `count` times among `ranks` that are `stride` GPUs apart.
 
-    payload: bytes of what this rank passes to one: its part of a gather, the whole tensor of a reduction. host: over the hosts'
-    network.
+    payload is the bytes that this rank passes to one such operation: its part of a gather, the whole tensor of a reduction. host
+    says that it runs over the hosts' network.
     """
 
     what: str
@@ -78,14 +78,15 @@ class Collective:
 
 
 def agreement(ranks: int, stride: int, call: Call) -> Collective:
-    """What the ranks of a group say of their arguments, before anything else; once more where token ids are checked."""
+    """Return the exchange in which the ranks of a group agree on their arguments, before anything else, and once more where token
+    ids are checked."""
     return Collective(
         "agreement", "all_gather", ranks, stride, AGREEMENT_BYTES, 1 + call.checked * (ranks > 1), host=True
     )
 
 
 def collectives(head: Head, scheme: Scheme, call: Call) -> list[Collective]:
-    """Of one call, those of groups of one rank left out.
+    """Return the collectives of one call, without those of groups of one rank.
 
     tp: 4 float32 numbers a projected token, one gather a chunk; backward from the fused head the sum of dhidden, M H s. cp: a key,
     logp, entropy and the constants, float64, of every token. dp: one number. The fused head besides: for tp the smallest chunk
@@ -111,10 +112,10 @@ def collectives(head: Head, scheme: Scheme, call: Call) -> list[Collective]:
 def weight_collectives(
     scheme: Scheme, parameters: float, element: int, rounds: int, gathers: int = 1
 ) -> list[Collective]:
-    """The trainer's, of weights of so many parameters: over cp and dp, `rounds` times a step.
+    """Return the trainer's collectives for weights of so many parameters, over cp and dp, `rounds` times a step.
 
-    `gathers` of the weight in s bytes (of the head one: it is kept until its gradient is there; of the layers below two), one
-    reduce-scatter of its gradient in float32.
+    They are `gathers` of the weight in s bytes, and one reduce-scatter of its gradient in float32. The head needs one gather,
+    because its weight is kept until its gradient is there; the layers below need two.
     """
     R, n = scheme.cp * scheme.dp, parameters / scheme.tp
     if R == 1:
@@ -126,7 +127,7 @@ def weight_collectives(
 
 
 def trainer_collectives(head: Head, scheme: Scheme, call: Call) -> list[Collective]:
-    """From logits of a column-parallel head: the sum of dhidden over tp, M H s a call."""
+    """Return the trainer's collective for logits of a column-parallel head: the sum of dhidden over tp, M H s a call."""
     if scheme.path == "fused" or scheme.tp == 1:
         return []
     return [Collective("dhidden", "all_reduce", scheme.tp, 1, call.tokens * head.hidden * head.element)]

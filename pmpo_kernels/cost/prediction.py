@@ -1,4 +1,4 @@
-"""Models, devices, and the time of a step from the counts. No time is measured."""
+"""Models, devices, and the time of a step as predicted from the counts. No time is measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pmpo_kernels.cost.network import (
 class Model:
     """A head and what stands below it, in parameters without embedding and head.
 
-    `active`: that a token passes through. `sharded`: whose weights FSDP gathers; experts that stay where they are do not count.
+    `active` parameters are those that a token passes through. `sharded` ones are those whose weights FSDP gathers; experts that
+    stay where they are do not count.
     """
 
     name: str
@@ -34,7 +35,7 @@ H200 = Device("H200 SXM", 989e12, 4.8e12, 141e9)
 
 
 def model(name: str, head: Head, total: float, active: float, experts: float = 0) -> Model:
-    """From a model card's numbers of parameters, in which embedding and head, H V each, are counted."""
+    """Make a model from its card's numbers of parameters, in which embedding and head, H V each, are counted."""
     ends = 2 * head.hidden * head.vocabulary
     return Model(name, head, active - ends, total - experts - ends)
 
@@ -50,7 +51,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step on one GPU. Bytes, FLOPs and seconds of all its calls; `peak` bytes of one."""
+    """A step on one GPU: bytes, FLOPs and seconds of all its calls, and `peak`, the bytes of one call."""
 
     tokens: float  # of the batch, over GPUs
     calls: int
@@ -68,31 +69,32 @@ class Prediction:
 
     @property
     def head(self) -> float:
-        """Seconds of head and loss. Kernels and the loss's collectives wait for each other: a sum. The weight's collectives run
-        beside products; every layer can hide about as much as its own products take, hence the larger of the two."""
+        """Seconds of head and loss. Kernels and the loss's collectives wait for each other, so they add up. The weight's
+        collectives run beside products, and every layer can hide about as much as its own products take, so the larger of the two
+        counts."""
         return max(self.products + self.passes + self.exchange, self.weight)
 
     @property
     def weight_bound(self) -> bool:
-        """Whether the weight's collectives are the larger."""
+        """Whether the weight's collectives take longer than what they run beside."""
         return self.head == self.weight
 
     @property
     def share(self) -> float:
-        """Of a training step: forward and backward, without rollouts and optimizer."""
+        """Share of head and loss in a training step: forward and backward, without rollouts and optimizer."""
         return self.head / (self.head + self.below)
 
     @property
     def loss_share(self) -> float:
-        """Of the loss alone: passes and exchange."""
+        """Share of the loss alone, its passes and its exchange."""
         return (self.passes + self.exchange) / (self.head + self.below)
 
 
 def predict(
     model: Model, scheme: Scheme, device: Device, tokens: float, call_tokens: int = 16_384, length: int = 4096
 ) -> Prediction:
-    """A step of `tokens` response tokens with trajectories of `length`, in calls of at most `call_tokens` tokens a GPU (a group of
-    "tp" shares a call of tp times as many).
+    """Predict a step of `tokens` response tokens with trajectories of `length`, in calls of at most `call_tokens` tokens a GPU (a
+    group of "tp" shares a call of tp times as many).
 
     A product takes the longer of its FLOPs and its bytes, because they overlap within a kernel. The layers below: 6 FLOPs
     (2 forward, 4 backward) a token and active parameter, without attention's and recomputed ones, or the collectives of their

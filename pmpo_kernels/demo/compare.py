@@ -49,7 +49,7 @@ class Row:
 
 
 def fused(impl: str, power: float | None = None) -> Run:
-    """`pmpo_loss` with this implementation."""
+    """Make a function that runs `pmpo_loss` with this implementation."""
 
     def run(logits: Tensor, r: Rollouts) -> tuple[Tensor, Tensor]:
         out = pmpo_loss(logits, r.token_ids, r.old_logp, r.advantages, mask=r.mask, power=power, impl=impl)
@@ -59,7 +59,7 @@ def fused(impl: str, power: float | None = None) -> Run:
 
 
 def eager(logits: Tensor, r: Rollouts) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch with autograd, on the slice of the logits that a trainer takes."""
+    """Compute the loss in plain PyTorch with autograd, on the slice of the logits that a trainer takes."""
     config = LossConfig.pmpo()
     return eager_pmpo_loss(logits[:, :-1], r.token_ids, r.old_logp, r.advantages, r.mask, config), logits.new_empty(0)
 
@@ -71,7 +71,7 @@ def eager_power(logits: Tensor, r: Rollouts) -> Tensor:
 
 
 def gradient(run: Run, logits: Tensor, r: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, p, gradient of the logits), the logits a fresh leaf that shares their memory."""
+    """Return loss, p and the gradient of the logits, which are made a fresh leaf that shares their memory."""
     leaf = logits.detach().requires_grad_()
     loss, power = run(leaf, r)
     (grad,) = torch.autograd.grad(loss, leaf)
@@ -79,7 +79,7 @@ def gradient(run: Run, logits: Tensor, r: Rollouts) -> tuple[Tensor, Tensor, Ten
 
 
 def usable(device: torch.device) -> list[str]:
-    """Implementations that run on this device, the default (impl=None) first."""
+    """Names of the implementations that run on this device, the default (impl=None) first."""
     default, names = resolve_impl(None, device), []
     for name in IMPLS:
         try:
@@ -90,9 +90,9 @@ def usable(device: torch.device) -> list[str]:
 
 
 def compare(logits: Tensor, rollouts: Rollouts, advance: Callable[[str], None]) -> list[Row]:
-    """A row for each of `usable`, then eager; interpreted kernels get the trajectories whose p is most in between.
+    """Make a row for each of `usable`, then one for eager. Interpreted kernels get the trajectories whose p is most in between.
 
-    logits (B, T + 1, V) of the updated policy. `advance(what)` is called before each row.
+    logits (B, T + 1, V) are those of the updated policy. `advance(what)` is called before each row.
     """
     case = make_case(logits, rollouts)
     exact = oracle(case, LossConfig.pmpo())
@@ -111,13 +111,13 @@ def compare(logits: Tensor, rollouts: Rollouts, advance: Callable[[str], None]) 
 
 
 def make_case(logits: Tensor, r: Rollouts) -> Case:
-    """The batch as `verification` takes it; the terms that PMPO does not have are neutral."""
+    """Return the batch as `verification` takes it. The terms that PMPO does not have are neutral."""
     ref_logp, weights = torch.zeros_like(r.old_logp), torch.ones_like(r.old_logp)
     return Case(logits[:, :-1], r.token_ids, r.old_logp, r.advantages, r.mask, ref_logp, weights)
 
 
 def exact_power(exact: Oracle) -> Tensor:
-    """p (B,) in float64."""
+    """Return the solved p (B,) in float64."""
     return exact.stats[STATS.index("power")]
 
 
@@ -130,7 +130,7 @@ def in_between(power: Tensor, rollouts: Rollouts) -> Tensor:
 def measure(
     name: str, run: Run, logits: Tensor, r: Rollouts, exact: Oracle | None = None, interpreter: bool = False
 ) -> Row:
-    """Errors, time and memory of one way; `exact` is the float64 result where the caller has it."""
+    """Measure errors, time and memory of one way. `exact` is the float64 result where the caller has it."""
     config, case = LossConfig.pmpo(), make_case(logits, r)
     exact = exact or oracle(case, config)
 

@@ -23,7 +23,7 @@ MEMORY_METHOD = {
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds of one run, the device waited for, and its result."""
+    """Return the seconds of one run, until the device is done, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -34,7 +34,7 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resul
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes at the peak of `run` beyond what was allocated before, by `MEMORY_METHOD`."""
+    """Return the bytes at the peak of `run` beyond what was allocated before, measured as `MEMORY_METHOD` says."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -32,7 +32,7 @@ class Trajectories:
 
     @classmethod
     def of(cls, rollouts: Rollouts, output: PMPOOutput) -> Trajectories:
-        """From the loss's own result."""
+        """Make it from the loss's own result."""
         r = rollouts
         at_one = pmpo_loss_from_logp(output.logp, r.old_logp, r.advantages, mask=r.mask, power=1.0, impl="reference")
         return cls(r, output, at_one.ess, r.mask.sum(-1))
@@ -48,7 +48,7 @@ class Trajectories:
 
 
 def token_labels(tokenizer: Any, token_ids: Tensor) -> list[str]:
-    """One printable string a token: spaces and line breaks shown, what the font may lack escaped."""
+    """Return one printable string a token, with spaces and line breaks shown and what the font may lack escaped."""
     texts = [str(tokenizer.decode([i])).replace(" ", "\u2423").replace("\n", "\u21b5") for i in token_ids.tolist()]
     known = ["".join(c if c in "\u2423\u21b5" or ord(c) < 0x250 else f"\\{ord(c):x}" for c in text) for text in texts]
     return [text if len(text) <= 14 else text[:13] + "\u2026" for text in known]
@@ -82,7 +82,7 @@ def _colours(data: Trajectories) -> list[str]:
 
 
 def _panels(panels: list[Axes], data: Trajectories, row: int) -> None:
-    """Clip fraction, ESS/n and p along the trajectories, sorted by clip fraction."""
+    """Draw clip fraction, ESS/n and p along the trajectories, sorted by clip fraction."""
     out, colours = data.output, _colours(data)
     order = torch.argsort(out.clip_fraction - 1e-6 * out.power, stable=True).tolist()
     x, colour = list(range(len(order))), [colours[i] for i in order]
@@ -113,7 +113,7 @@ def _panels(panels: list[Axes], data: Trajectories, row: int) -> None:
 
 
 def _scatter(axes: Axes, data: Trajectories, row: int) -> None:
-    """p against clip fraction, over what the rule gives for small Gaussian log-ratios."""
+    """Draw p against clip fraction, over what the rule gives for small Gaussian log-ratios."""
     out, config = data.output, LossConfig.pmpo()
     f = torch.linspace(0, max(float(out.clip_fraction.max()), config.full_clip_fraction) * 1.05, 400)
     limit = (1 - (f / config.full_clip_fraction).clamp(max=1)).sqrt()
@@ -131,7 +131,7 @@ def _scatter(axes: Axes, data: Trajectories, row: int) -> None:
 
 
 def _weights(axes: Axes, data: Trajectories, row: int, tokenizer: Any) -> None:
-    """n W_t of one trajectory at p = 0, its own p and p = 1; clipped tokens shaded."""
+    """Draw n W_t of one trajectory at p = 0, its own p and p = 1, with clipped tokens shaded."""
     r, own = data.rollouts, float(data.output.power[row])
     keep = r.mask[row]
     x = list(range(int(keep.sum())))

@@ -46,7 +46,7 @@ class HeadRow:
 
     @property
     def error(self) -> float:
-        """The larger one of the gradients."""
+        """The larger error of the two gradients."""
         return max(self.hidden_error, self.weight_error)
 
     @property
@@ -56,18 +56,18 @@ class HeadRow:
 
 
 def eager(hidden: Tensor, weight: Tensor, r: Rollouts) -> Tensor:
-    """As trainers write it: all logits, then plain PyTorch."""
+    """Compute the loss as trainers write it: all logits, then plain PyTorch."""
     return eager_pmpo_loss(linear(hidden, weight), r.token_ids, r.old_logp, r.advantages, r.mask, CONFIG)
 
 
 def materialised(hidden: Tensor, weight: Tensor, r: Rollouts) -> Tensor:
-    """All logits, then `pmpo_loss`, which writes their gradient over them."""
+    """Compute the loss by `pmpo_loss` on all logits, whose gradient is written over them."""
     z = linear(hidden, weight)
     return pmpo_loss(z, r.token_ids, r.old_logp, r.advantages, mask=r.mask, inplace=True).loss
 
 
 def fused(max_chunk_tokens: int | None) -> Run:
-    """`linear_pmpo_loss`."""
+    """Make a function that runs `linear_pmpo_loss` with chunks of at most so many tokens."""
 
     def run(hidden: Tensor, weight: Tensor, r: Rollouts) -> Tensor:
         return linear_pmpo_loss(
@@ -86,10 +86,10 @@ RUNS = {
 
 
 def compare_heads(policy: Policy, rollouts: Rollouts, advance: Callable[[str], None]) -> list[HeadRow]:
-    """A row for each of `RUNS`, on the hidden states of the policy in float32. `advance(what)` is called before each.
+    """Make a row for each of `RUNS`, on the hidden states of the policy in float32. `advance(what)` is called before each.
 
-    Eager PyTorch has the bound of what the rounding of the product with the head can do at worst, which is far from what it does;
-    the others eager's own error, of the same product, and the bound of what comes after it (`verification.error_bound`).
+    The bound of eager PyTorch is what the rounding of the product with the head can do at worst, which is far from what it does.
+    The bound of the others is eager's own error, of the same product, and what may come after it (`verification.error_bound`).
     """
     with torch.no_grad():
         hidden = policy.hidden_states(rollouts)[:, :-1].float()
@@ -123,7 +123,7 @@ def measure(
     bound: float,
     loss_bound: float,
 ) -> HeadRow:
-    """Errors, median time of `REPEATS` and peak memory of one way."""
+    """Measure errors, median time of `REPEATS` runs and peak memory of one way."""
     leaves = [x.detach().requires_grad_() for x in (hidden, inputs.weight)]
 
     def once() -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ def measure(
 
 
 def head_table(rows: list[HeadRow], memory_method: str) -> Table:
-    """Memory beside time."""
+    """Make the table of errors, memory and time."""
     caption = (
         "From the model's hidden states in float32 to the gradients of hidden states and head. Errors: largest of a row, "
         f"relative to the norms of its terms. ms: forward + backward, median of {REPEATS}. MiB: {memory_method}."

@@ -25,7 +25,7 @@ class DemoUnavailable(RuntimeError):
 
 
 def model_file() -> Path:
-    """The GGUF file in the installed model package.
+    """Return the GGUF file in the installed model package.
 
     Raises:
         DemoUnavailable: the package, its file, or a library that reads it is missing.
@@ -45,7 +45,8 @@ def model_file() -> Path:
 
 
 def load_model(device: torch.device) -> tuple[Any, Any]:
-    """(model in float32 on `device`, tokenizer that pads on the left). The weights are the dequantised GGUF tensors."""
+    """Load the model, in float32 on `device`, and its tokenizer, which pads on the left. The weights are the dequantised GGUF
+    tensors."""
     path = model_file()
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -18,7 +18,7 @@ from pmpo_kernels.demo.rollouts import Policy
 
 
 def records(data: Trajectories, policy: Policy) -> list[dict[str, Any]]:
-    """One record a trajectory of the second half."""
+    """Return a record for each trajectory of the second half."""
     r, out = data.rollouts, data.output
     return [
         {
@@ -37,7 +37,7 @@ def records(data: Trajectories, policy: Policy) -> list[dict[str, Any]]:
 
 
 def trajectory_table(rows: list[dict[str, Any]]) -> Table:
-    """Every trajectory of the second half, scored by the policy after the update on the first half."""
+    """Make the table of the second half's trajectories, scored by the policy after the update on the first half."""
     table = Table(
         title="Second half: trajectories under the updated policy",
         box=SIMPLE_HEAD,
@@ -65,7 +65,7 @@ def trajectory_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def comparison_table(rows: list[Row], memory_method: str) -> Table:
-    """Each implementation against float64."""
+    """Make the table of each implementation against float64."""
     full = max(row.trajectories for row in rows)
     caption = (
         "gradient: |g - g64| / |g64|. row: largest error of a row's target column, other columns or sum, "
@@ -100,12 +100,12 @@ def comparison_table(rows: list[Row], memory_method: str) -> Table:
 
 
 def write_summary(path: Path, settings: dict[str, Any], metrics: dict[str, float], **sections: Any) -> None:
-    """The run as JSON; a number that is not finite is written as null."""
+    """Write the run as JSON. A number that is not finite is written as null."""
     content = {"settings": settings, "metrics": metrics, **sections}
     text = json.dumps(content, indent=2, ensure_ascii=False)
     path.write_text(json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2, ensure_ascii=False) + "\n")
 
 
 def comparison_records(rows: list[Row] | list[HeadRow]) -> list[dict[str, Any]]:
-    """The comparison for the summary."""
+    """Return the comparison for the summary."""
     return [{**asdict(row), "agrees": row.ok} for row in rows]

@@ -39,17 +39,17 @@ class Rollouts:
         return self.token_ids.shape[0]
 
     def take(self, rows: slice | Tensor) -> Rollouts:
-        """The trajectories at `rows`."""
+        """Return the trajectories at `rows`."""
         return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def groups(self, size: int) -> Iterator[Rollouts]:
-        """`size` trajectories at a time: the completions of one prompt."""
+        """Yield `size` trajectories at a time, which are the completions of one prompt."""
         return (self.take(slice(i, i + size)) for i in range(0, len(self), size))
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model and its tokenizer; the weights are float32, `dtype` is the forward pass's (autocast)."""
+    """A causal language model and its tokenizer. The weights are float32; `dtype` is that of the forward pass (autocast)."""
 
     model: Any
     tokenizer: Any
@@ -64,7 +64,7 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def logits(self, rollouts: Rollouts) -> Tensor:
-        """(B, T + 1, V): position t predicts completion token t, the last one is what the model returns beyond them."""
+        """Logits (B, T + 1, V). Position t predicts completion token t; the last one is what the model returns beyond them."""
         position_ids = (rollouts.attention_mask.cumsum(-1) - 1).clamp(min=0)
         with self.autocast():
             logits: Tensor = self.model(
@@ -77,7 +77,7 @@ class Policy:
         return logits
 
     def hidden_states(self, rollouts: Rollouts) -> Tensor:
-        """(B, T + 1, H): what the LM head makes these logits of."""
+        """Hidden states (B, T + 1, H), of which the LM head makes these logits."""
         position_ids = (rollouts.attention_mask.cumsum(-1) - 1).clamp(min=0)
         with self.autocast():
             hidden: Tensor = self.model.model(
@@ -143,13 +143,13 @@ def sample(policy: Policy, *, prompts: int, completions: int, max_new_tokens: in
 
 @torch.no_grad()
 def score(policy: Policy, rollouts: Rollouts, size: int) -> Rollouts:
-    """`rollouts` with old_logp: the log-probs under the policy as it is now, `size` rows at a time."""
+    """Return `rollouts` with old_logp, the log-probs under the policy as it is now, computed `size` rows at a time."""
     parts = [token_logp(policy.logits(g), g.token_ids, mask=g.mask).logp for g in rollouts.groups(size)]
     return replace(rollouts, old_logp=torch.cat(parts))
 
 
 def update(policy: Policy, rollouts: Rollouts, size: int, learning_rate: float) -> float:
-    """One AdamW step on the PMPO loss, gradient accumulated `size` rows at a time; returns the gradient's norm.
+    """Take one AdamW step on the PMPO loss, accumulating the gradient `size` rows at a time. Returns the gradient's norm.
 
     The policy is still the one that sampled: old_logp=None, every ratio is 1 (and p = 1, since nothing is clipped).
     `denominator` is the whole batch's count, so that the accumulated gradient is that of one big batch.

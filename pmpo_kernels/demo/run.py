@@ -1,4 +1,4 @@
-"""The demo from the first prompt to the picture."""
+"""`run`: the demo from the first prompt to the picture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Settings:
 
 
 def run(settings: Settings, out: Path, console: Console, advance: Callable[[str, int], None]) -> bool:
-    """Everything; `advance(what, steps in all)` is called before each step. Returns whether all agree with float64."""
+    """Run everything. `advance(what, steps in all)` is called before each step. Returns whether all agree with float64."""
     device = torch.device(settings.device)
     total = 7 + len(usable(device)) + 1 + len(RUNS)
 
@@ -84,7 +84,7 @@ def run(settings: Settings, out: Path, console: Console, advance: Callable[[str,
 def off_policy(
     settings: Settings, policy: Policy, console: Console, step: Callable[[str], None]
 ) -> tuple[Rollouts, float, dict[str, float]]:
-    """Sample, score the second half, update on the first; returns the second, the gradient norm and statistics."""
+    """Sample, score the second half, update on the first. Returns the second half, the gradient's norm and statistics."""
     s = settings
     step("sampling completions")
     rollouts = sample(
@@ -118,7 +118,7 @@ def title(settings: Settings, second: Rollouts) -> str:
 def verdict(
     rows: list[Row], heads: list[HeadRow], changes: dict[float, float], power: Tensor, console: Console
 ) -> bool:
-    """Print what was found; whether there is a result and every row agrees."""
+    """Print what was found. Returns whether there is a result and every row agrees."""
     inside = int(((power > 0) & (power < 1)).sum())
     console.print(f"p lies strictly between 0 and 1 for {inside} of {power.numel()} trajectories.")
     for p, change in changes.items():

@@ -1,4 +1,4 @@
-"""What a loss is divided by when its batch is spread over ranks and micro-batches."""
+"""`denominator`: what the loss is divided by when a batch is spread over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, 
 def denominator(
     lengths: Tensor | Sequence[Tensor], config: LossConfig, *, mesh: DeviceMesh | None = None, averaged: bool = False
 ) -> Tensor:
-    """The whole step's count for the loss's `denominator`, the same on every rank: gradients then add up to those of one big batch.
+    """Return the whole step's count for the loss's `denominator`; gradients then add up to those of one big batch.
 
     Args:
         lengths: (B,) integers, the response tokens of each trajectory on this rank, such as `mask.sum(1)` or
-            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, of this
-            rank's part.
+            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, the
+            tokens of this rank's part alone.
         config: the loss's; its `loss_agg_mode` says what is counted.
         mesh: the loss's; None for micro-batches alone.
         averaged: the gradients of the ranks of "dp" and "cp" are averaged later, as DDP and FSDP do it, not added up.
 
     Returns:
-        0-d float64 on the device of `lengths`, at least 1 before it is divided by the number of averaged ranks.
+        0-d float64 on the device of `lengths`, the same on every rank; at least 1 before it is divided by the number of
+        averaged ranks.
 
     Raises:
         TypeError, ValueError: a wrong argument; RuntimeError on the other ranks then.

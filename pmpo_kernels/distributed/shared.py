@@ -1,4 +1,4 @@
-"""A call that several ranks share: what one device does before and after its kernels, done together."""
+"""`Shared`: what a call does before and after its kernels, where several ranks share it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GIVEN = ("old_logp", "mask", "ref_logp", "rollout_weights", "power", "target_ess
 
 
 def local_part(name: str, x: DTensor, dim: int) -> tuple[Tensor, ProcessGroup | None]:
-    """This rank's part of a DTensor that is whole, or sharded along `dim` over one dimension of its mesh, and that one's group."""
+    """Return this rank's part of a DTensor and the group that it is sharded over along `dim`, None for a DTensor that is whole."""
     dim %= x.dim()
     sharded = [i for i, placement in enumerate(x.placements) if placement == Shard(dim)]
     if len(sharded) > 1 or not all(p == Replicate() for i, p in enumerate(x.placements) if i not in sharded):
@@ -45,7 +45,7 @@ def local_part(name: str, x: DTensor, dim: int) -> tuple[Tensor, ProcessGroup | 
 
 
 class Shared(Sharing):
-    """By `ranks`."""
+    """`Sharing` by the groups of `ranks`."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -53,7 +53,8 @@ class Shared(Sharing):
 
     @classmethod
     def find(cls, group: Any, mesh: Any, split: Any, tensors: dict[str, tuple[Any, int]]) -> tuple[Shared, list[Any]]:
-        """From the arguments of a call, and this rank's part of `tensors`, by name with their dimension of the vocabulary."""
+        """Make one from the arguments of a call. Return it and this rank's part of each of `tensors`. `tensors` gives by name a
+        tensor, which may be a DTensor, and its dimension of the vocabulary."""
         ranks = find_ranks(group, mesh, split)
         parts = []
         for name, (x, dim) in tensors.items():
@@ -74,7 +75,7 @@ class Shared(Sharing):
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """See `ranks.agreement`; after the first, the parts of the vocabulary are known."""
+        """Do what `ranks.agreement` does, and learn in the first exchange how the vocabulary is split."""
         with agreement(self.ranks) as self.agreed:
             yield
         if self.ranks.vocabulary is not None and self.parts is None:

@@ -16,31 +16,33 @@ from pmpo_kernels.checks import check_cu_seqlens
 from pmpo_kernels.memory import available_memory
 
 ENOUGH_TOKENS = {"cpu": 1024}
-"""Tokens a chunk that are wanted: 1,024 on a CPU, where the products then run at full speed (97 % of the rate at 2,048, 2 cores,
-float32 and bfloat16); elsewhere 16,384, because each chunk reads and writes the float32 sum of the weight's gradient once more."""
-FEWEST_TOKENS = 128
-# the logits of a chunk take at most this part of the free memory: of enough tokens, of a longer trajectory
+"""Tokens that a chunk should have. On a CPU 1,024, with which the products run at full speed (97 % of the rate at 2,048, on 2
+cores, in float32 and bfloat16). Elsewhere 16,384, because each chunk reads and writes the float32 sum of the weight's gradient."""
+FEWEST_TOKENS = 128  # that a chunk has room for, however little memory is free
+# The logits of enough tokens take at most an eighth of the free memory, those of a longer trajectory at most a quarter.
 ENOUGH_SHARE, LONGEST_SHARE = 8, 4
 
 
 class Work(NamedTuple):
-    """The tokens that enter a product: response tokens of the B' trajectories that are not left out, empty ones among them."""
+    """The tokens that enter the products: the K response tokens of the B' trajectories that are not left out. Trajectories without
+    response tokens are among the B'."""
 
-    rows: Tensor  # (K,) positions of the tokens, rising
-    trajectories: Tensor  # (B',) indices
+    rows: Tensor  # (K,) flat positions of the tokens, rising
+    trajectories: Tensor  # (B',) their indices in the batch, rising
     ends: Tensor  # (B' + 1,) where each begins and ends in `rows`
-    lengths: list[int]  # the same on the host: tokens of each
-    tokens: Tensor  # (B,) response tokens of every trajectory
-    skipped: Tensor  # (B,) bool: left out
+    lengths: list[int]  # B' numbers of tokens, on the host
+    tokens: Tensor  # (B,) response tokens of every trajectory of the batch
+    skipped: Tensor  # (B,) bool: whether it is left out
 
 
 def first(mask: Tensor, count: int) -> Tensor:
-    """Indices (count,) of the first `count` true elements, without waiting for a GPU to count them."""
+    """Indices (count,) of the first `count` true elements of a mask. `nonzero` would wait for a GPU to count them."""
     return (~mask).int().argsort(stable=True)[:count]
 
 
 def find_work(token_ids: Tensor, batch: Batch, skip_zero_advantage: bool) -> Work:
-    """The work of a batch with token_ids (N,). Waits for a GPU twice, because the sizes of the products depend on the data."""
+    """Find which of the tokens, token_ids (N,), enter the products. `skip_zero_advantage` leaves out trajectories with advantage 0.
+    It waits for a GPU twice, because the sizes of the products depend on the data."""
     offsets, N = batch.cu_seqlens.long(), token_ids.numel()
     tokens = batch.count_tokens()
     skipped = (batch.advantages == 0) & skip_zero_advantage
@@ -57,8 +59,8 @@ def find_work(token_ids: Tensor, batch: Batch, skip_zero_advantage: bool) -> Wor
 
 
 def pack(lengths: list[int], max_tokens: int) -> list[slice]:
-    """Slices of trajectories, in order, of at most `max_tokens` tokens each: as few as possible, and of these ways one whose
-    largest is smallest. A trajectory that alone is longer has a slice of its own."""
+    """Cut the trajectories, in order, into slices of at most `max_tokens` tokens. There are as few slices as possible, and among
+    such ways it is one whose largest slice is smallest. A trajectory that is longer than `max_tokens` has a slice of its own."""
     ends = list(accumulate(lengths, initial=0))
     low, high = max((n for n in lengths if n <= max_tokens), default=0), max_tokens
     fewest = len(list(_as_they_fit(ends, high)))
@@ -72,7 +74,8 @@ def pack(lengths: list[int], max_tokens: int) -> list[slice]:
 
 
 def _as_they_fit(ends: list[int], max_tokens: int) -> Iterator[slice]:
-    """Slices each as long as `max_tokens` allow, at least one trajectory with tokens; `ends` begins with 0."""
+    """Yield slices that are each as long as `max_tokens` allows, but hold at least one trajectory with tokens. `ends` are the
+    cumulated lengths, with a 0 in front."""
     start, last = 0, len(ends) - 1
     while start < last:
         stop = bisect_right(ends, ends[start] + max_tokens) - 1
@@ -83,14 +86,16 @@ def _as_they_fit(ends: list[int], max_tokens: int) -> Iterator[slice]:
 
 
 def even(tokens: int, max_tokens: int) -> int:
-    """Tokens of the largest of as few pieces as `max_tokens` allow, all of a size but for one token; at least 1."""
+    """Number of tokens of the largest piece, at least 1, when `tokens` are cut evenly into as few pieces as `max_tokens` allows."""
     return math.ceil(tokens / max(math.ceil(tokens / max_tokens), 1)) or 1
 
 
 def default_chunk_tokens(longest: int, bytes_a_token: int, device: torch.device) -> int:
-    """Enough tokens, as far as their logits take at most an eighth of the free memory; or the longest trajectory, which then is
-    projected once, as far as it takes a quarter. What memory limits is rounded down to a power of two, so that it rarely differs
-    from run to run."""
+    """Choose how many tokens a chunk may have.
+
+    It is `ENOUGH_TOKENS`, or the length of the longest trajectory if that is more, because a trajectory in one chunk is projected
+    once. Either is limited by its share of the free memory, rounded down to a power of two, so that the choice rarely differs from
+    run to run."""
     enough, free = ENOUGH_TOKENS.get(device.type, 16_384), available_memory(device)
     if free is None:
         return max(enough, longest)

@@ -1,4 +1,7 @@
-"""The LM head on chosen tokens: their logits in one buffer that every chunk uses again, and the way back from its gradient."""
+"""The products of the fused LM head: the logits of chosen tokens, and the gradients of hidden states, weight and bias.
+
+The logits of a chunk stand in a buffer that every chunk uses again, and their gradient is written over them.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,39 @@ from pmpo_kernels.contract import compute_dtype
 
 ROW_MULTIPLE = 64  # elements: the buffer's rows begin at multiples of 128 bytes, whatever V is
 BLOCK_BYTES = {"cpu": 2**22}
-"""Of temporaries that are made block by block: on a CPU what its caches hold, elsewhere 2^26, beside which a launch is nothing."""
-PRODUCT_BYTES = 2**26  # of a product that is rounded before it is added
+"""Size of temporaries that are made block by block: on a CPU what its caches hold; elsewhere 2^26, to need few launches."""
+PRODUCT_BYTES = 2**26  # size, in the sum's dtype, of a block of a product that is rounded before it is added
 
 
 class HeadOptions(NamedTuple):
-    """How hidden states become logits, c tanh(s (W h + b) / c) with scale s and softcap c or s (W h + b) without one, and what is
-    to be done with which of them."""
+    """How hidden states become logits, and which tokens and gradients are wanted. The logits are c tanh(s (W h + b) / c) with scale
+    s and softcap c, or s (W h + b) without a softcap."""
 
     logit_scale: float
     logit_softcap: float | None
     temperature: float
     dtype: torch.dtype  # of the products
-    gradients: list[bool]  # which are wanted, of hidden, weight, bias
+    gradients: list[bool]  # which of those of hidden, weight, bias are wanted
     max_chunk_tokens: int | None
     skip_zero_advantage: bool
 
 
 def row_bytes(vocabulary: int, head: HeadOptions) -> int:
-    """Bytes of a token in the buffers: the product, and with a softcap the logits beside it."""
+    """Bytes that a token takes in the buffers: its product with the head and, with a softcap, its logits beside that."""
     stride = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
     return stride * head.dtype.itemsize * (1 if head.logit_softcap is None else 2)
 
 
 def gradient_dtypes(*leaves: Tensor | None) -> list[torch.dtype]:
-    """Of their gradients until the backward pass has scaled them: the tensor's own, but float32 for float16."""
+    """Dtypes in which the gradients of these tensors are kept until the backward pass has scaled them. Each is the tensor's own,
+    but float32 for float16, which could overflow, and for None."""
     return [torch.float32 if x is None or x.dtype == torch.float16 else x.dtype for x in leaves]
 
 
 def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadOptions, dtypes: list[torch.dtype]
 ) -> list[Tensor]:
-    """Room for the gradients of hidden, weight and bias; no element where none is wanted."""
+    """Uninitialised tensors for the gradients of hidden, weight and bias; without elements where a gradient is not wanted."""
     return [
         torch.empty(x.shape if wanted and x is not None else (0,), dtype=dtype, device=hidden.device)
         for x, dtype, wanted in zip((hidden, weight, bias), dtypes, head.gradients, strict=True)
@@ -51,8 +55,8 @@ def empty_gradients(
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a b where it is the `first`, whatever stood there, else total += a b, of 16-bit factors in one product with a float32
-    result."""
+    """Write a b to `total` (float32) if this is the `first` product, else add it there. One product does it, with factors of 16
+    bits and no rounding in between."""
     if first:
         torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
     else:
@@ -61,8 +65,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 @cache
 def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `add_product` works here: asked of PyTorch by two small ones, because versions differ in what they accept (the
-    operators came with 2.8, on CUDA devices, at first for a sum in 16 bits only)."""
+    """Whether `add_product` works on this device with factors of this dtype, found by trying two small products. Versions of
+    PyTorch differ: the operators came with 2.8, on CUDA devices, at first for a sum in 16 bits only."""
     a, b = (torch.ones(16, 16, dtype=dtype, device=device) for _ in range(2))
     total = torch.full((16, 16), torch.nan, dtype=torch.float32, device=device)
     try:
@@ -74,11 +78,14 @@ def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Projection:
-    """Logits of at most `size` tokens at a time, and the sums of the gradients: of weight and bias in float32 at least, but where
-    `once`, with `back` called once at most, in the weight's dtype if its product has that. hidden (B, S, H), S >= T, with tokens
-    (B, T), or (N, H); weight (V, H).
+    """The logits of at most `size` tokens at a time, and the sums over all chunks of the gradients.
 
-    `temperature` is that of `z`, what the buffer holds: a scale without a softcap is part of it and costs nothing.
+    hidden is (B, S, H), S >= T = `tokens_a_row`, for tokens (B, T), or (N, H); weight is (V, H), bias (V,). The gradients of weight
+    and bias are summed in float32, or in float64 for float64 products. `once` promises that `back` is called at most once; the
+    weight's gradient is then made in the weight's dtype, if the products have it.
+
+    `temperature` is what `z`, the buffer's logits, are to be divided by. Without a softcap it includes the scale, which so costs
+    nothing.
     """
 
     def __init__(
@@ -106,7 +113,7 @@ class Projection:
         )
         for x in (self.dhidden, self.dbias):
             x.zero_()
-        self.is_first = True  # of the products in dweight, which it writes
+        self.is_first = True  # the next product is the first of dweight: it is written there, not added
 
     def _buffer(self, size: int, V: int) -> Tensor:
         stride = -(-V // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -116,7 +123,8 @@ class Projection:
         return (rows,) if self.hidden.dim() == 2 else (rows // self.T, rows % self.T)
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden states (M, H) in the products' dtype, logits z (M, V) in the buffer) of the tokens at flat positions `rows`."""
+        """Return hidden states (M, H) in the products' dtype and logits z (M, V), in the buffer, of the tokens at flat positions
+        `rows` (M,)."""
         h = self.hidden[self._at(rows)].to(self.head.dtype)
         product = self.product[: len(rows)]
         if self.bias is None:
@@ -137,18 +145,18 @@ class Projection:
         return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
     def move(self, target: Tensor, source: Tensor) -> None:
-        """Copy rows `source` of the buffers to rows `target`, none of which is among them."""
+        """Copy rows `source` of the buffers to rows `target`. No row is both a source and a target."""
         for buffer in (self.z,) if self.cap is None else (self.z, self.product):
             for block in self._blocks(len(source)):
                 buffer[target[block]] = buffer[source[block]]
 
     def float16_scale(self, coefficients: Tensor, h: Tensor) -> Tensor:
-        """The power of two (), float64, that a gradient of float16 logits is multiplied by, lest it underflow or a product
-        overflow.
+        """Return the power of two (0-d float64) to multiply a gradient of float16 logits by.
 
-        The absolute values of a row add up to at most twice its coefficient (M,), over T and times s. The largest entry
-        becomes 1 at most; what a product adds up 2^15 at most: over the tokens with the largest |h|, over the vocabulary with
-        the largest |weight|.
+        It keeps the gradient from underflow and its products from overflow. The absolute values of a row of the gradient add up to
+        at most twice its coefficient (M,), divided by the temperature and multiplied by the scale. With the power the largest entry
+        is at most 1, and a product's sum at most 2^15, whether it runs over the tokens, with the largest |h|, or over the
+        vocabulary, with the largest |weight|.
         """
         steepest = max(1.0, 1.0 if self.cap is None else self.head.logit_scale) / self.temperature
         most, total = (steepest * x for x in (coefficients.double().amax(), coefficients.double().sum()))
@@ -156,11 +164,10 @@ class Projection:
         return torch.exp2(-torch.stack(sizes).amax().log2().ceil().clamp(-120, 120))
 
     def back(self, rows: Tensor, h: Tensor, scale: Tensor | None) -> None:
-        """Add the products of the gradient that stands in the first rows of `z`, of tokens `rows` with hidden states `h`, which
-        it writes over.
+        """Add what a chunk contributes to the gradients of hidden, weight and bias.
 
-        `scale` is what that gradient was multiplied by, None for 1.
-        """
+        The first rows of `z` hold the gradient of the logits of tokens `rows`, times `scale`, where None stands for 1. `h` (M, H)
+        holds the hidden states of these tokens in the products' dtype, and is written over."""
         g = self.z[: len(rows)]
         if self.cap is not None:
             for block in self._blocks(len(rows)):  # the slope of c tanh(s x / c): s (1 - tanh^2)
@@ -176,8 +183,10 @@ class Projection:
             self.dhidden[self._at(rows)] = dh if scale is None else dh / scale
 
     def _add_weight(self, g: Tensor, h: Tensor, scale: Tensor | None) -> None:
-        """dweight (V, H) = g h / scale, or after the first += it. 16-bit products are summed up in float32: by the product itself
-        where it can, else each is rounded once, in blocks of the vocabulary."""
+        """Write g h / scale to dweight (V, H) if it is the first product, else add it there.
+
+        Products of 16 bits are summed in float32: by the product itself where it can (`add_product`); elsewhere each is rounded
+        once before it is added, block by block of the vocabulary."""
         total, first, self.is_first = self.dweight, self.is_first, False
         if total.dtype == g.dtype:
             torch.mm(g, h, out=total) if first else total.addmm_(g, h)
@@ -192,7 +201,7 @@ class Projection:
                 part.copy_(block) if first else part.add_(block)
 
     def finish(self) -> list[Tensor]:
-        """The gradients, in `gradient_dtypes`; the buffers are given back before."""
+        """Return the gradients of hidden, weight and bias in `gradient_dtypes`. The buffers are freed before their conversion."""
         del self.z, self.product
         if self.is_first:
             self.dweight.zero_()

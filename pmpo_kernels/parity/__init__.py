@@ -1,6 +1,6 @@
-"""The same losses by TRL, verl and Liger, called as installed: do they agree with ours, in loss and gradient?
+"""Whether TRL, verl and Liger, called as installed, agree with the losses here, in loss and gradient.
 
-`trl`, `verl` and `liger` list the cases of the package they are named after and import it; only `find_peers` imports them.
+`trl`, `verl` and `liger` import the package they are named after and list its cases. Only `find_peers` imports them.
 """
 
 from __future__ import annotations

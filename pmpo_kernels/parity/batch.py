@@ -1,4 +1,4 @@
-"""One random batch that every peer gets: what a training step some updates after sampling looks like."""
+"""The random batch that every peer gets. It looks like that of a training step some updates after sampling."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ LENGTHS = (12, 0, 1, 7, 9, 12, 5, 8)  # padding, an empty row, a row of one toke
 ADVANTAGES = (1.2, 0.8, -0.6, -1.4, 0.9, 0.0, -0.7, 2.0)  # both signs, and a zero on a full row
 HIDDEN_SIZE = 16
 RATIO_SD, REF_SD, ROLLOUT_SD = 0.25, 0.3, 0.1
-WIDE = (0.45, -0.45)  # log-ratios of two tokens a row, so that at bounds of 0.4 something clips whatever the seed
+WIDE = (0.45, -0.45)  # log-ratios of two tokens in each row, so that at bounds of 0.4 something clips whatever the seed
 
 
 class Batch(NamedTuple):
     """B = 8 trajectories of at most T = 12 tokens, float32 (token_ids int64, mask bool).
 
-    `hidden` (B, T + 1, H), `weight` (V, H), `logits` (B, T + 1, V) their product; advantages (B,); all else (B, T).
-    `logp` is of `logits` at temperature 1; `old_logp` and `ref_logp` differ from it by normal noise.
+    `hidden` (B, T + 1, H) and `weight` (V, H) have the product `logits` (B, T + 1, V); advantages are (B,), all else (B, T).
+    `logp` is that of `logits` at temperature 1; `old_logp` and `ref_logp` differ from it by normal noise.
     """
 
     hidden: Tensor
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
-    """A `Batch` with V logits of standard deviation 1 and log-ratios of standard deviation 0.25: some tokens of either sign
+    """Make a `Batch` with V logits of standard deviation 1 and log-ratios of standard deviation 0.25. Some tokens of either sign
     clip, most do not, and no ratio is near an overflow. Raises ValueError for V < 1."""
     if V < 1:
         raise ValueError(f"V: expected an int > 0, got {V}")
@@ -44,7 +44,7 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
-    # first what does not depend on V, so that the same ratios clip at every V
+    # what does not depend on V is drawn first, so that the same ratios clip at every V
     d, ref, rollout = RATIO_SD * normal(B, T), REF_SD * normal(B, T), ROLLOUT_SD * normal(B, T)
     d[:, 1:3] = torch.tensor(WIDE)
     hidden, weight = normal(B, T + 1, HIDDEN_SIZE), normal(V, HIDDEN_SIZE) / HIDDEN_SIZE**0.5
@@ -67,16 +67,16 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
 
 
 def entropy(batch: Batch) -> Tensor:
-    """Of each token's distribution (B, T)."""
+    """Entropy (B, T) of each token's distribution at temperature 1."""
     log_q = torch.log_softmax(batch.logits[:, :-1], -1)
     return -(log_q.exp() * log_q).sum(-1)
 
 
 def token_weights(batch: Batch) -> Tensor:
-    """Rollout weights of tokens."""
+    """Rollout weights (B, T), one a token."""
     return batch.rollout_weights
 
 
 def rows(batch: Batch, part: slice) -> Batch:
-    """Some trajectories of a batch, as a micro-batch or the share of a data-parallel rank."""
+    """Return some trajectories of a batch: a micro-batch, or the share of a data-parallel rank."""
     return Batch(*(tensor if tensor is batch.weight else tensor[part] for tensor in batch))

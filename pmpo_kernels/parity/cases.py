@@ -1,4 +1,4 @@
-"""A case of parity: a loss as a peer computes it, beside the call that computes it here; and how they are compared."""
+"""`ParityCase`: a loss as a peer computes it beside the call that computes it here, and the comparison of the two."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pmpo_kernels.linear import linear_pmpo_loss
 from pmpo_kernels.parity.batch import Batch
 
 Source = Literal["logp", "logits", "hidden"]
-# `loss(batch, *leaves)`: a 0-d tensor, differentiable in the leaves.
+# `loss(batch, *leaves)` returns a 0-d tensor, differentiable in the leaves.
 Loss = Callable[..., Tensor]
 
-# What is asked of parity in float32. Not a bound: both sides read the same numbers and round their own sums, over up to 96
-# tokens and V columns; the largest difference measured is 2e-6 (V up to 100,000, some 150 seeds).
+# The difference that parity allows in float32. It is no derived bound: both sides read the same numbers and round their own sums,
+# over up to 96 tokens and V columns. The largest difference measured is 2e-6 (V up to 100,000, some 150 seeds).
 TOLERANCE = 1e-5
 
 DENOMINATORS: dict[str, Callable[[Batch], float] | None] = {
@@ -38,13 +38,13 @@ class ParityCase:
     """One loss of a peer and its counterpart here.
 
     Args:
-        name: the peer's name of it, with the options that matter.
-        theirs: `theirs(batch, *leaves)`, the peer's own code, returns its loss (0-d).
+        name: the peer's name for it, with the options that matter.
+        theirs: `theirs(batch, *leaves)` runs the peer's own code and returns its loss (0-d).
         preset, options: our configuration, `LossConfig.<preset>(**options)`.
-        source: what the leaves are and what the gradient is compared of: "logp" (B, T), "logits" (B, T + 1, V), or
-            "hidden" (B, T + 1, H) and weight (V, H).
-        denominator: a name in `DENOMINATORS`, what our call gets as `denominator`.
-        given: further arguments of our call, each made from the batch.
+        source: the leaves, whose gradients are compared: "logp" (B, T), "logits" (B, T + 1, V), or "hidden" (B, T + 1, H) and
+            weight (V, H).
+        denominator: a name in `DENOMINATORS`, for the `denominator` of our call.
+        given: further arguments of our call by name, each with a function that makes it from the batch.
     """
 
     name: str
@@ -57,20 +57,20 @@ class ParityCase:
 
     @property
     def config(self) -> LossConfig:
-        """Our configuration."""
+        """The configuration of our call."""
         config = getattr(LossConfig, self.preset)(**self.options)
         assert isinstance(config, LossConfig)
         return config
 
     @property
     def call(self) -> str:
-        """Our configuration and denominator as one reads them in a table."""
+        """Our configuration and denominator as text for a table."""
         options = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in self.options.items()]
         text = f"{self.preset}({', '.join(options)})" + "".join(f", {name}" for name in self.given)
         return text if self.denominator == "default" else f"{text}, denominator {self.denominator}"
 
     def ours(self, batch: Batch, *leaves: Tensor, impl: str | None = None) -> Tensor:
-        """Our loss (0-d) of the same leaves; errors as in `pmpo_loss`."""
+        """Compute our loss (0-d) from the same leaves. It raises what `pmpo_loss` raises."""
         count = DENOMINATORS[self.denominator]
         config = self.config
         rest: dict[str, Any] = {
@@ -97,8 +97,8 @@ class Result(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Relative differences: of the loss, and of the gradient by norm or by largest entry, whichever is more; infinite
-    where one side is not finite."""
+    """Relative differences of loss and gradient, infinite where one side is not finite. That of the gradient is the larger of the
+    differences by norm and by largest entry."""
 
     loss: float
     gradient: float
@@ -110,7 +110,7 @@ class Agreement(NamedTuple):
 
 
 def evaluate(loss: Loss, source: Source, batch: Batch, **options: Any) -> Result:
-    """Forward and backward of one side on fresh leaves."""
+    """Run forward and backward of one side on fresh leaves."""
     tensors = {"logp": (batch.logp,), "logits": (batch.logits,), "hidden": (batch.hidden, batch.weight)}[source]
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     value = loss(batch, *leaves, **options)
@@ -118,7 +118,7 @@ def evaluate(loss: Loss, source: Source, batch: Batch, **options: Any) -> Result
 
 
 def difference(got: Result, want: Result) -> Agreement:
-    """How far two results are apart, relative to the second, in float64."""
+    """Return how far two results are apart, relative to the second, computed in float64."""
 
     def of_tensors(a: Tensor, b: Tensor) -> float:
         error, size = (a.double() - b.double()), b.double()
@@ -131,6 +131,6 @@ def difference(got: Result, want: Result) -> Agreement:
 
 
 def compare(case: ParityCase, batch: Batch, *, impl: str | None = None) -> Agreement:
-    """Ours beside the peer's on one batch; `impl` as in `pmpo_loss`. Errors of either side are raised."""
+    """Compare our loss and gradient with the peer's on one batch; `impl` as in `pmpo_loss`. Errors of either side are raised."""
     ours = evaluate(case.ours, case.source, batch, impl=impl)
     return difference(ours, evaluate(case.theirs, case.source, batch))

@@ -1,5 +1,7 @@
-"""Liger's Triton GRPO loss from logits, under Triton's interpreter where there is no GPU, and its chunked one from hidden
-states. Every option is given: its defaults are another loss."""
+"""The cases of Liger: its Triton GRPO loss from logits, and its chunked one from hidden states.
+
+Without a GPU the former runs under Triton's interpreter. Every option is given, because the defaults are another loss.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def triton_loss(
     beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0, rollout: bool = False,
     bias_correction: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`triton_grpo_loss`, out of place, reduced (0-d)."""
+    """Loss (0-d) by Liger's `triton_grpo_loss`, out of place."""
     value = triton_grpo_loss(
         logits,
         batch.old_logp,
@@ -52,7 +54,7 @@ def chunked_loss(
     high: float = 0.2, beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0,
     rollout: bool = False, bias_correction: bool = False, chunk_size: int = 1,
 ) -> Tensor:  # fmt: skip
-    """`LigerFusedLinearGRPOLoss`, not compiled (0-d)."""
+    """Loss (0-d) by Liger's `LigerFusedLinearGRPOLoss`, not compiled."""
     function = LigerFusedLinearGRPOLoss(
         beta=beta,
         compiled=False,
@@ -85,7 +87,7 @@ def chunked_loss(
 def pair(
     name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *, rollout: bool = False, **options: Any
 ) -> list[ParityCase]:
-    """The same loss from logits and from hidden states."""
+    """Make two cases of the same loss, from logits and from hidden states."""
     options["rollout"] = rollout
     given = {"rollout_weights": token_weights} if rollout else {}
 
@@ -102,12 +104,12 @@ def pair(
 
 
 def cases() -> list[ParityCase]:
-    """Token and sequence level. Raises RuntimeError where Triton can run nowhere."""
+    """The cases, of token and of sequence level. Raises RuntimeError where Triton cannot run."""
     if not interpreted() and not torch.cuda.is_available():
         raise RuntimeError(f"no GPU is visible to PyTorch; {INTERPRETER}")
     sequence: dict[str, Any] = LossConfig.ratio_clip(0.02, 0.03)
     level: dict[str, Any] = {"level": "sequence", "low": 0.02, "high": 0.03}
-    # old_logp is of temperature 1, so at another one the ratios spread: a small change and wider clips
+    # old_logp is that of temperature 1, so at another one the ratios spread: hence a small change and wider clips
     warm: dict[str, Any] = {"temperature": 0.95}
     wide: dict[str, Any] = LossConfig.ratio_clip(0.3, 0.3)
     losses = [

@@ -1,4 +1,4 @@
-"""Which peers can be called here, and for the others the reason why not."""
+"""`find_peers`: which peers can be called here, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ PEERS = {"trl": "trl", "verl": "verl", "liger": "liger-kernel"}  # module of thi
 
 
 class Peer(NamedTuple):
-    """A peer as installed: its distribution, version ("" if it cannot be called), cases, device, and what is in the way."""
+    """A peer as installed: its distribution, version, cases, the device they run on, and the problem if it cannot be called. Then
+    version and device are "", and there are no cases; otherwise `problem` is ""."""
 
     distribution: str
     version: str
@@ -25,7 +26,7 @@ class Peer(NamedTuple):
 
 
 def find_peers() -> dict[str, Peer]:
-    """Every name in `PEERS`. Imports what is installed (seconds); a package that fails to import is told, not raised."""
+    """Return a `Peer` for every name in `PEERS`. Importing the installed ones takes seconds; a failure becomes the `problem`."""
     found = {}
     for name, distribution in PEERS.items():
         try:

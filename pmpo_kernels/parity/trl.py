@@ -1,4 +1,4 @@
-"""TRL's GRPO family: the loss of a real `GRPOTrainer`, or of its GMPO, on given log-probs."""
+"""The cases of TRL: the loss of a real `GRPOTrainer`, or of its `GMPOTrainer`, on given log-probs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Made = Callable[[Batch], Tensor]
 
 
 class GivenLogp(torch.nn.Module):
-    """Stands where TRL calls the policy for the log-probs of prompt and completion: a prompt of one token before `logp`."""
+    """Stands in for the policy where TRL asks for log-probs of prompt and completion. The prompt is one token before `logp`."""
 
     def __init__(self, logp: Tensor, entropy: Tensor) -> None:
         super().__init__()
         self.logp, self.entropy = logp, entropy
 
     def forward(self, **_: Any) -> Any:
-        """What TRL reads of a model's output: `log_probs` and `entropy`, each (B, 1 + T)."""
+        """Return what TRL reads of a model's output: `log_probs` and `entropy`, each (B, 1 + T)."""
         logp, entropy = (torch.nn.functional.pad(x, (1, 0)) for x in (self.logp, self.entropy))
         output: Any = CausalLMOutput()
         output.log_probs, output.entropy = logp, entropy
@@ -41,7 +41,7 @@ class GivenLogp(torch.nn.Module):
 
 
 def trainer(*, gmpo: bool = False, accumulation: int = 1, beta: float = 0.0, **options: Any) -> GRPOTrainer:
-    """A GRPOTrainer (GMPOTrainer) of a model with two words, in training mode, with these options of its configuration."""
+    """Make a GRPOTrainer (with `gmpo` a GMPOTrainer) for a model of two words, in training mode, with these options."""
     words = Tokenizer(WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
     tokenizer: Any = PreTrainedTokenizerFast  # its call has no annotations
     size: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size"), 4)
@@ -72,8 +72,8 @@ def trainer(*, gmpo: bool = False, accumulation: int = 1, beta: float = 0.0, **o
 
 
 def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, rollout: Tensor | None = None) -> Tensor:
-    """`_compute_loss` of a trainer (0-d); the generation batch holds `items` times the batch's tokens. `rollout`: weights (B, T) or
-    (B, 1)."""
+    """Loss (0-d) by a trainer's `_compute_loss`. The generation batch has `items` times the tokens of this one; `rollout` are
+    weights (B, T) or (B, 1)."""
     prompt = torch.ones_like(batch.token_ids[:, :1])
     inputs = {
         "prompt_ids": prompt,
@@ -97,7 +97,7 @@ def case(
     name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *,
     items: float = 1.0, weights: Made | None = None, policy_mask: Made | None = None, **options: Any,
 ) -> ParityCase:  # fmt: skip
-    """A case from TRL's options and ours; the trainer is built when the case is run."""
+    """Make a case of TRL's options and ours. The trainer is built when the case runs."""
 
     def theirs(batch: Batch, logp: Tensor) -> Tensor:
         if options.get("gmpo"):  # it adds -A of an empty row to the loss
@@ -112,12 +112,12 @@ def case(
 
 
 def row_weights(batch: Batch) -> Tensor:
-    """Rollout weights of whole rows."""
+    """Rollout weights (B,), one a row."""
     return batch.rollout_weights[:, 0]
 
 
 def off_policy(batch: Batch) -> Tensor:
-    """The rows that TRL keeps at its threshold."""
+    """Mask (B,) of the rows that TRL keeps at OFF_POLICY_THRESHOLD."""
     kept = GRPOTrainer.get_off_policy_mask(
         batch.advantages[:, None], batch.logp, batch.old_logp, batch.mask.long(), OFF_POLICY_THRESHOLD
     )
@@ -126,14 +126,14 @@ def off_policy(batch: Batch) -> Tensor:
 
 
 def high_entropy(batch: Batch) -> Tensor:
-    """The tokens that TRL keeps at its quantile."""
+    """Mask (B, T) of the tokens that TRL keeps at the quantile TOP_ENTROPY."""
     kept = trainer().get_high_entropy_mask(entropy(batch), batch.mask.long(), 1 - TOP_ENTROPY)
     assert isinstance(kept, Tensor)
     return kept
 
 
 def cases() -> list[ParityCase]:
-    """Token-level and sequence-level losses of `GRPOTrainer`, and GMPO."""
+    """The cases: token-level and sequence-level losses of `GRPOTrainer`, and GMPO."""
     sequence: dict[str, Any] = LossConfig.ratio_clip(0.02, 0.03)
     level: dict[str, Any] = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03}
     plain_kl: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""verl's policy losses, as registered, with its aggregation and its KL estimators, on given log-probs."""
+"""The cases of verl: its registered policy losses, with its aggregation and its KL estimators, on given log-probs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_DUAL_CLIP = 1e9  # verl's vanilla loss always has one, at a ratio of 3 by def
 
 
 def actor(low: float, high: float, dual_clip: float = NO_DUAL_CLIP) -> ActorConfig:
-    """verl's actor configuration with these clips; every bound is given, because `clip_ratio` alone changes none."""
+    """Make verl's actor configuration with these clips. Every bound is given, because `clip_ratio` alone changes none."""
     return ActorConfig(
         strategy="fsdp",
         rollout_n=1,
@@ -32,10 +32,8 @@ def loss(
     name: str, config: ActorConfig, batch: Batch, logp: Tensor, mode: str = "token-mean", *,
     scale: int = 0, rollout: bool = False, beta: float = 0.0, estimator: str = "k3",
 ) -> Tensor:  # fmt: skip
-    """The policy loss `name` (0-d), plus beta times the aggregated KL estimate.
-
-    With a `scale` the batch is the share of one of two ranks, and the whole batch is `scale` times as large.
-    """
+    """Loss (0-d) by verl's policy loss `name`, plus beta times the aggregated KL estimate. With a `scale` the batch is the share of
+    one of two ranks, and the whole batch is `scale` times as large."""
     config.global_batch_info.clear()
     if scale:
         config.global_batch_info.update(
@@ -63,7 +61,7 @@ def case(
     name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *,
     of: str = "vanilla", clip: tuple[float, ...] = (0.2, 0.2), rollout: bool = False, **options: Any,
 ) -> ParityCase:  # fmt: skip
-    """A case from verl's options and ours; `clip`: low, high and perhaps the dual clip."""
+    """Make a case of verl's options and ours. `clip` is low, high and perhaps the dual clip."""
 
     def theirs(batch: Batch, logp: Tensor) -> Tensor:
         return loss(of, actor(*clip), batch, logp, rollout=rollout, **options)
@@ -73,7 +71,7 @@ def case(
 
 
 def cases() -> list[ParityCase]:
-    """vanilla with every mode of aggregation, gspo, geo_mean, and the KL estimators."""
+    """The cases: vanilla with every mode of aggregation, gspo, geo_mean, and the KL estimators."""
     T, mean = max(LENGTHS), "seq-mean-token-mean"
     sum_norm, token_sum = "seq-mean-token-sum-norm", "seq-mean-token-sum"
     by_token = {"loss_agg_mode": "token-mean"}

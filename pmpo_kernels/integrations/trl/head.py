@@ -1,7 +1,7 @@
-"""The LM head of a causal language model, replaced by the loss while the model's own forward pass runs.
+"""Replaces the LM head of a causal language model by the loss while the model's own forward pass runs.
 
-Everything before the head is the model's: adapters, experts, images, sharded weights that hooks gather. So is what it does to
-the logits after the head, of which a scale and a softcap can be fused; that there is no more to it is checked.
+Everything before the head stays the model's: adapters, experts, images, sharded weights that hooks gather. Of what it does to the
+logits after the head, a scale and a softcap can be fused. A check finds out whether there is more to it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pmpo_kernels.config import LossConfig
 from pmpo_kernels.linear import linear_pmpo_loss
 
 PROBE = (-30.0, -4.0, -0.5, 0.0, 0.25, 1.0, 8.0, 60.0)
-"""Stands for the logits while the head is replaced: what the model makes of it shows its scale and softcap."""
+"""What the replaced head returns for logits. What the model makes of these numbers shows its scale and softcap."""
 
 
 class Scoring:
-    """What a call of the model computes of the last `length` tokens (T): log-probs, or with `loss` their loss too.
+    """What a call of the model computes for its last `length` tokens (T): log-probs, or with `loss` their loss too.
 
-    `loss` is `linear_pmpo_loss` but for the model's part, `hidden`, `weight`, `bias` and the scale of the logits. The call
-    sets `out`; the caller of the model sets `value`, the loss as it comes out of the wrapped model. (FSDP would copy a dataclass.)
+    `loss` is `linear_pmpo_loss` without the model's arguments: `hidden`, `weight`, `bias` and the scale of the logits. The call
+    sets `out`. Its caller sets `value`, the loss as it comes out of the wrapped model. (FSDP would copy a dataclass.)
     """
 
     def __init__(self, length: int, loss: Callable[..., PMPOOutput] | None = None) -> None:
@@ -39,7 +39,7 @@ class Scoring:
 
 
 def logit_options(config: Any) -> dict[str, Any]:
-    """`logit_scale` and `logit_softcap` of a model, by the names that they have in transformers' configurations."""
+    """Return a model's `logit_scale` and `logit_softcap`, found by the names that they have in transformers' configurations."""
     text = config.get_text_config()
     named = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
     scale = next((float(value) for value in named if value is not None), None)
@@ -58,9 +58,10 @@ def add_loss_head(model: nn.Module, *, temperature: float, fused: bool, float32_
     Args:
         model: a causal language model of transformers, changed in place: its `forward`, not its modules.
         temperature: the logits are divided by it.
-        fused: project chunks of hidden states, so that no logits of a batch exist; else log-probs of the logits, differentiable.
-        float32_head: the head's product in float32, outside autocast.
-        impl: implementation of the kernels.
+        fused: project chunks of hidden states, so that a batch's logits never exist; else compute differentiable log-probs from
+            the logits.
+        float32_head: compute the head's product in float32, outside autocast.
+        impl: implementation of the kernels, as in `pmpo_loss`.
 
     Raises:
         ValueError: `fused` with a head that is not a plain `torch.nn.Linear`.
@@ -86,7 +87,7 @@ def add_loss_head(model: nn.Module, *, temperature: float, fused: bool, float32_
             )
         labels, T = kwargs.pop("labels"), scoring.length
         if takes_length:
-            kwargs["logits_to_keep"] = T + 1  # as `pmpo_loss` takes them: the last position is ignored
+            kwargs["logits_to_keep"] = T + 1  # as `pmpo_loss` takes them, which ignores the last position
         call = functools.partial(inner, *args, use_cache=False, **kwargs)
         ids, mask = labels[:, -T:].clamp(min=0), labels[:, -T:] != -100
         if not fused:
@@ -120,7 +121,7 @@ def add_loss_head(model: nn.Module, *, temperature: float, fused: bool, float32_
 
 
 def scored(loss: Tensor | None, logp: Tensor, entropy: Tensor | None, outputs: Any) -> FusedCausalLMOutput:
-    """TRL's output of a model with a fused head."""
+    """Return what TRL expects of a model with a fused head."""
     aux_loss = getattr(outputs, "aux_loss", None)
     return FusedCausalLMOutput(loss=loss, log_probs=logp, entropy=entropy, aux_loss=aux_loss)
 
@@ -129,7 +130,7 @@ def scored(loss: Tensor | None, logp: Tensor, entropy: Tensor | None, outputs: A
 def head_forward(
     model: nn.Module, make: Callable[[Any, Callable[..., Tensor]], Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
-    """The LM head's forward pass replaced, within the block, by what `make` makes of the head and its own."""
+    """Within the block replace the head's forward pass by `make(head, its forward pass)`."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     own = head.__dict__.get("forward")
     head.forward = make(head, head.forward)
@@ -147,7 +148,7 @@ def without_autocast(x: Tensor) -> torch.autocast:
 
 
 def in_float32(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """TRL's head in float32, which autocast would round again."""
+    """Run the head outside autocast, which would round the products of TRL's float32 head again."""
 
     def make(head: Any, own: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(hidden: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def replaced_head(
     scoring: Scoring,
     float32: bool,
 ) -> contextlib.AbstractContextManager[None]:
-    """The head computes the loss of its input, in its own forward pass, where a sharded weight is whole, and returns the probe."""
+    """Let the head compute the loss of its input and return the probe. In its forward pass even a sharded weight is whole."""
 
     def make(head: Any, own: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(hidden: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def replaced_head(
 
 
 def check_head(model: nn.Module) -> None:
-    """The head's weight and bias are all there is to it."""
+    """Raise ValueError unless the head is a plain linear layer on one device: weight and bias are then all there is to it."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise ValueError(
@@ -197,7 +198,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def check_logits(got: Tensor, name: str, *, logit_scale: float, logit_softcap: float | None) -> None:
-    """What the model made of the probe is what the fused loss makes of the logits."""
+    """Raise RuntimeError unless `got`, what the model made of the probe, is what the fused loss would make of it."""
     expected = torch.tensor(PROBE) * logit_scale
     if logit_softcap is not None:
         expected = logit_softcap * torch.tanh(expected / logit_softcap)
