@@ -13,7 +13,7 @@ from pmpo_kernels.contract import METRICS, STATS, AggregateOptions
 def default_denominator(
     tokens: Tensor, options: AggregateOptions, sum_over_ranks: Callable[[Tensor], Tensor] = lambda count: count
 ) -> Tensor:
-    """D of design 2.6, 0-d float64, from each trajectory's tokens (B,): tokens for "token-mean", else trajectories that have any.
+    """D of section 7, 0-d float64, from each trajectory's tokens (B,): tokens for "token-mean", else trajectories that have any.
 
     It is at least 1. `sum_over_ranks` adds up the 0-d count of a batch that is spread over ranks.
     """
@@ -22,7 +22,7 @@ def default_denominator(
 
 
 def total_loss(stats: Tensor, options: AggregateOptions, denominator: Tensor) -> Tensor:
-    """Loss of design 2.6 and 2.7, 0-d float64: policy loss + beta KL - entropy_coef H, all weighted alike, over D."""
+    """Loss of sections 7 and 8, 0-d float64: policy loss + beta KL - entropy_coef H, all weighted alike, over D."""
     row = dict(zip(STATS, stats.unbind(), strict=True))
     loss = (row["weight"] * row["policy_loss"]).sum()
     for factor, term in ((options.beta, row["kl"]), (-options.entropy_coef, row["entropy"])):
