@@ -1,4 +1,4 @@
-"""constraints.txt from the environment this runs in: `make constraints`."""
+"""Print constraints.txt from the environment that this runs in, for `make constraints`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random calls of the public functions: a right one, of whose arguments some are then changed for anything."""
+"""Random calls of the public functions: a right call, some of whose arguments are then changed to anything."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ INTEGERS = [0, 1, -1, 2, 5, 127, -100, 2**15, 2**31 - 1, -(2**31), 2**62, 2**63 
 
 
 class Draw:
-    """What is random, from one seed."""
+    """The source of all that is random in a call, from one seed."""
 
     def __init__(self, seed: str) -> None:
         self.r = random.Random(seed)
@@ -83,7 +83,7 @@ class Draw:
         return self.changed(torch.ones(shape, dtype=self.r.choice(DTYPES)))
 
     def changed(self, x: Any) -> Any:
-        """A tensor with another dtype, shape, layout, device, value or stride, sometimes as good as before."""
+        """Return a tensor with another dtype, shape, layout, device, value or stride, which is sometimes as good as before."""
         if not isinstance(x, Tensor) or self.often(0.1):
             return self.anything()
         x = x.detach()
@@ -97,7 +97,7 @@ class Draw:
 
 
 def poke(draw: Draw, x: Tensor) -> Tensor:
-    """One or all elements are extreme."""
+    """Make one or all elements extreme."""
     x = x.clone()
     values = (
         [v for v in INTEGERS if torch.iinfo(x.dtype).min <= v <= torch.iinfo(x.dtype).max]
@@ -112,7 +112,7 @@ def poke(draw: Draw, x: Tensor) -> Tensor:
 
 
 def strided(draw: Draw, x: Tensor) -> Tensor:
-    """The same numbers, every second element of a longer last dimension, or behind an offset."""
+    """Return the same numbers as every second element of a longer last dimension, or behind an offset."""
     if draw.often(0.5):
         return torch.stack([x, x], -1)[..., draw.r.randrange(2)]
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
@@ -184,7 +184,7 @@ def config(draw: Draw, **fixed: Any) -> dict[str, Any]:
 
 
 class Tokens:
-    """Shapes of a batch, padded or packed, and the arguments that say so."""
+    """The shapes of a batch, padded or packed, and the arguments that say so."""
 
     def __init__(self, draw: Draw) -> None:
         r = draw.r
@@ -200,7 +200,7 @@ class Tokens:
             self.shape = [self.B, r.choice([0, 1, 2, 4])]
 
     def rows(self, draw: Draw) -> list[int]:
-        """Shape of the logits without V: perhaps one position more."""
+        """Return the shape of the logits without V, perhaps with one more position."""
         more = len(self.shape) == 2 and draw.often(0.2)
         return [self.shape[0], self.shape[1] + 1] if more else self.shape
 

@@ -51,12 +51,12 @@ def function_of(name: str) -> Callable[..., Any]:
 
 
 def parameters(name: str) -> dict[str, Any]:
-    """Of a function, with their defaults."""
+    """Return the parameters of a function with their defaults."""
     return {p.name: p.default for p in inspect.signature(function_of(name)).parameters.values()}
 
 
 def make_call(seed: int, index: int, impl: str) -> tuple[str, dict[str, Any], str]:
-    """Function, arguments, and what the oracle says of them."""
+    """Return function, arguments, and what the oracle says of them."""
     draw = Draw(f"{seed}:{index}")
     name = draw.r.choice([*GOOD, "pmpo_loss", "pmpo_loss_from_logp", "linear_pmpo_loss"])
     known = parameters(name)
@@ -77,7 +77,7 @@ def make_call(seed: int, index: int, impl: str) -> tuple[str, dict[str, Any], st
 
 
 def problem(name: str, given: dict[str, Any], verdict: str) -> str | None:
-    """What is wrong with what a call does."""
+    """Return what is wrong with what a call does, None if nothing is."""
     function, error = function_of(name), None
     leaves = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
     with Finished() as finished:
@@ -98,8 +98,9 @@ def problem(name: str, given: dict[str, Any], verdict: str) -> str | None:
 
 
 def backward_problem(result: Any, leaves: dict[str, Tensor]) -> str | None:
-    """A backward pass works, and gives finite gradients of a finite loss. Those of logits and log-probs of a dtype with a smaller
-    range than the loss has may overflow where they are rounded to it; the fused head looks after its own."""
+    """Return what is wrong with the backward pass, which must work and give finite gradients of a finite loss. Those of logits and
+    log-probs of a dtype with a smaller range than the loss has may overflow where they are rounded to it; the fused head looks
+    after its own."""
     loss = getattr(result, "loss", None)
     if loss is None:
         outputs = [
@@ -121,7 +122,7 @@ def backward_problem(result: Any, leaves: dict[str, Tensor]) -> str | None:
 
 
 def work(seed: int, first: int, calls: int, impls: Sequence[str], progress: Path) -> bool:
-    """Make the calls; prints counts and problems. Whether there were none."""
+    """Make the calls, and print counts and problems. Returns whether there were none."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -164,7 +165,7 @@ def worker_command(seed: int, first: int, calls: int, impls: Sequence[str], prog
 
 
 def supervise(command: Sequence[str], progress: Path, hang_s: float) -> str | None:
-    """Run a program that writes the number of its call to a file; how it died or hung, and in which call."""
+    """Run a program that writes the number of its call to a file. Returns how it died or hung, and in which call."""
     with subprocess.Popen(command) as process:
         last, since = b"", time.monotonic()
         while process.poll() is None:

@@ -27,7 +27,7 @@ class Bad(Exception):
 
 
 class Either(Exception):
-    """Rounding decides."""
+    """Rounding decides whether the call is right."""
 
 
 def need(ok: Any, what: str) -> None:
@@ -83,7 +83,7 @@ def has_shape(x: Any, shape: Sequence[int]) -> bool:
 
 
 def owners(tokens: Tensor, cu_seqlens: Any) -> list[int]:
-    """The trajectory of each token in flat order, and as the last element the number of trajectories."""
+    """Return the trajectory of each token in flat order, and as the last element the number of trajectories."""
     if tokens.dim() == 2:
         need(cu_seqlens is None, "padded")
         B, T = tokens.shape
@@ -106,7 +106,7 @@ def flags_of(x: Any, shape: Sequence[int], owner: list[int] | None = None) -> li
 
 
 def common(k: dict[str, Any], tokens: Tensor, *, group: bool = True) -> LossConfig:
-    """What the three losses have in common."""
+    """Judge what the three losses have in common."""
     shape, owner = tokens.shape, owners(tokens, k["cu_seqlens"])
     B = owner[-1]
     need(not group or k["group"] is None, "group")
@@ -344,7 +344,7 @@ JUDGES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def judge(name: str, arguments: dict[str, Any]) -> str:
-    """Of all arguments of a call, defaults among them."""
+    """Judge a call by all its arguments, defaults among them."""
     try:
         JUDGES[name](arguments)
     except Bad:

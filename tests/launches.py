@@ -1,6 +1,6 @@
 """Call the Triton stages on CPU tensors of many shapes with launching replaced by a count of what would be compiled.
 
-Prints {kernel: number of compiled variants} as JSON after a first round of shapes and after all. A program of its own,
+Prints {kernel: number of compiled variants} as JSON after a first round of shapes and after all. It is a program of its own,
 because kernels that were imported under the interpreter are not compiled at all. No GPU is needed.
 """
 
@@ -28,7 +28,7 @@ variants: dict[str, set[str]] = defaultdict(set)
 
 
 def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """In place of `JITFunction.run`: the specialisation that it would look up in its cache."""
+    """Stand in for `JITFunction.run` and record the specialisation that it would look up in its cache."""
     assert all(0 < size < 2**31 for size in grid)
     _, specialization, options = create_function_from_signature(kernel.signature, kernel.params, BACKEND)(
         *args, **kwargs
@@ -37,7 +37,7 @@ def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: A
 
 
 def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
-    """The stages as a training step calls them, forward and backward."""
+    """Call the stages as a training step does, forward and backward."""
     N = B * T
     logits = torch.empty(B + 1, T + B % 2, V, dtype=torch.bfloat16)[T % 2 :][:B]  # slices, aligned or not if V is odd
     ids = torch.zeros(B, T, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The error messages of the package, read from its source: what varies in one is GAP."""
+"""The error messages of the package, read from its source. GAP stands for what varies in one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def function_of(scopes: Scopes) -> ast.FunctionDef | None:
 
 
 def assigned(name: str, scopes: Scopes) -> list[ast.expr]:
-    """What a variable may be, as far as the source says so: values it is given, or that a loop goes through."""
+    """Return what a variable may be, as far as the source says so: values that it is given, or that a loop goes through."""
     for scope in reversed(scopes):
         if isinstance(scope, ast.For) and isinstance(scope.iter, (ast.Tuple, ast.List)):
             targets = scope.target.elts if isinstance(scope.target, ast.Tuple) else [scope.target]
@@ -64,7 +64,7 @@ def assigned(name: str, scopes: Scopes) -> list[ast.expr]:
 
 
 def texts(node: ast.expr, scopes: Scopes, known: dict[str, str]) -> set[str]:
-    """All strings that an expression may be."""
+    """Return all strings that an expression may be."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return {node.value}
     if isinstance(node, ast.JoinedStr):
@@ -84,7 +84,7 @@ def texts(node: ast.expr, scopes: Scopes, known: dict[str, str]) -> set[str]:
 
 
 def contexts(function: ast.FunctionDef | None) -> list[dict[str, str]]:
-    """`name` and `expected` of a function that checks what its callers expect, at each of its calls."""
+    """Return `name` and `expected` of a function that checks what its callers expect, at each of its calls."""
     if function is None or "expected" not in parameters(function):
         return [{}]
     found = []

@@ -37,7 +37,8 @@ def names_of(node: ast.stmt) -> list[str]:
 
 
 def definitions(module: str, name: str) -> list[tuple[str, Definition]]:
-    """Where a name is defined, through the modules that pass it on; several for overloads, none for a module."""
+    """Find where a name is defined, through the modules that pass it on. There are several definitions for overloads, none for a
+    module."""
     found = [(module, node) for node in tree(module).body if name in names_of(node)]
     for node in tree(module).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pmpo_kernels"):
@@ -58,7 +59,7 @@ def public_names(module: str) -> list[str]:
 
 
 class Written(ast.NodeTransformer):
-    """As a user reads it: choices in full, and without the texts of help, which are no promise."""
+    """Writes definitions as a user reads them, with choices in full and without the texts of help, which are no promise."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -86,7 +87,7 @@ class Written(ast.NodeTransformer):
         return "" if node is None else ast.unparse(self.visit(node))
 
     def function(self, node: ast.FunctionDef, name: str) -> list[str]:
-        """One line an argument: a change is one line of a diff."""
+        """Write one line an argument, so that a change is one line of a diff."""
         a, positional = node.args, [*node.args.posonlyargs, *node.args.args]
         defaults = [None] * (len(positional) - len(a.defaults)) + list(a.defaults)
         rows = [("", argument, default) for argument, default in zip(positional, defaults, strict=True)]

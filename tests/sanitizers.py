@@ -48,12 +48,12 @@ TESTS = [
 
 
 def compiler() -> list[str]:
-    """The C++ compiler that setup.py uses."""
+    """Return the C++ compiler that setup.py uses."""
     return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")[:1]
 
 
 def runtime(name: str) -> str:
-    """Path of a shared library of the compiler's, "" where it has none."""
+    """Return the path of a shared library of the compiler's, "" where it has none."""
     try:
         found = subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -62,7 +62,7 @@ def runtime(name: str) -> str:
 
 
 def problem() -> str:
-    """Why the sanitizers cannot run here, "" where they can."""
+    """Why the sanitizers cannot run here, or "" if they can."""
     try:
         version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
     except OSError as error:
@@ -74,7 +74,7 @@ def problem() -> str:
 
 
 def build() -> None:
-    """out/sanitize/lib: compiled anew where a source is newer."""
+    """Build out/sanitize/lib. It is compiled anew where a source is newer."""
     for old in LIBRARY.glob("pmpo_kernels/**/*.py"):
         if not (ROOT / old.relative_to(LIBRARY)).exists():
             old.unlink()
@@ -83,8 +83,8 @@ def build() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports the package of `LIBRARY`. The interpreter is not linked to the sanitizer, which has to be loaded
-    before all else; libstdc++ with it, else an exception of C++ finds no handler."""
+    """Return the environment of a process that imports the package of `LIBRARY`. The interpreter is not linked to the sanitizer,
+    which has to be loaded before all else; so has libstdc++, or an exception of C++ finds no handler."""
     return os.environ | {
         "PYTHONPATH": str(LIBRARY),
         "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libstdc++.so')}",
@@ -94,7 +94,8 @@ def environment() -> dict[str, str]:
 
 
 def pytest_command(arguments: list[str]) -> list[str]:
-    """A report ends the process, and would be lost with what pytest has captured of the file descriptors."""
+    """Return the command that runs pytest without capturing file descriptors, because a report ends the process, and would be lost
+    with what is captured."""
     return [sys.executable, "-c", PROGRAM, str(LIBRARY), "--capture=sys", *arguments]
 
 

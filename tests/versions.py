@@ -74,7 +74,7 @@ class End:
 
 
 def lower_bounds(requirements: Iterable[str]) -> list[str]:
-    """`name==x` of each `name>=x`, without those of extras other than `test`."""
+    """Return `name==x` for each `name>=x`, without those of extras other than `test`."""
     found = {}
     for line in requirements:
         requirement, _, marker = line.partition(";")
@@ -94,7 +94,7 @@ def runs(python: str, version: tuple[int, int]) -> bool:
 
 
 def interpreter(version: tuple[int, int]) -> str | None:
-    """A Python of this version: on the path, of pyenv, or of uv."""
+    """Find a Python of this version: on the path, of pyenv, or of uv."""
     name = ".".join(map(str, version))
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [sys.executable, f"python{name}", *map(str, sorted(pyenv.glob(f"{name}.*/bin/python")))]
@@ -111,7 +111,7 @@ def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = Non
 
 
 def unpack_sdist(to: Path) -> Path:
-    """The sources as they are distributed: what the tests need must be in there."""
+    """Unpack the sources as they are distributed. What the tests need must be in there."""
     build = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", build, to)
     (archive,) = to.glob("*.tar.gz")
@@ -121,7 +121,7 @@ def unpack_sdist(to: Path) -> Path:
 
 
 def install(end: End, python: str, folder: Path) -> Path:
-    """An environment with the package, editable, so that its C++ kernels are built against that PyTorch."""
+    """Make an environment with the package, editable, so that its C++ kernels are built against that PyTorch."""
     source = unpack_sdist(folder)
     required = message_from_string((source / "PKG-INFO").read_text()).get_all("Requires-Dist", [])
     wanted = {"lowest": lower_bounds(required), "highest": ["torch", "triton", "numpy"], "gpu": GPU}[end.name]
@@ -139,7 +139,7 @@ def install(end: End, python: str, folder: Path) -> Path:
 
 
 def lowest_wheels() -> list[str]:
-    """`name==x` of the lowest x with a wheel for this Python, of each requirement but PyTorch and the test tools."""
+    """Return `name==x` of the lowest x with a wheel for this Python, for each requirement but PyTorch and the test tools."""
     found = []
     for bound in lower_bounds(requires("pmpo-kernels") or []):
         name, _, lowest = bound.partition("==")
@@ -156,7 +156,8 @@ def key(version: str) -> tuple[int, ...]:
 
 
 def check_beside(end: End) -> None:
-    """In a folder before the environment's own packages on the path: nothing of the environment changes."""
+    """Install into a folder that comes before the environment's own packages on the path, so that nothing of the environment
+    changes, and run the tests."""
     folder = FOLDER / end.name
     shutil.rmtree(folder, ignore_errors=True)
     try:
