@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.cost import (
     H100,
     H200,
@@ -40,6 +39,7 @@ from pmpo_kernels.cost import (
 )
 from pmpo_kernels.cost.counts import largest_chunk
 from pmpo_kernels.demo.cost import peak_memory
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 ROOT = Path(__file__).parent.parent
 B, T, V, H = 6, 8, 72, 16

@@ -15,7 +15,7 @@ PACKAGE = Path(pmpo_kernels.__file__).parent
 # Below, a module may import only those to its left; one not listed here fails the test.
 LAYERS = [
     ["version", "memory", "cost", "scalars"], ["config"], ["checks", "aggregate", "cpp"], ["reference"], ["impls", "triton", "projection"],
-    ["ops"], ["autograd"], ["arguments", "chunks", "sharing"], ["distributed"], ["linear"], ["api", "solver", "baseline", "schedules"], ["verification", "parity"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
+    ["ops"], ["autograd"], ["arguments", "chunks", "sharing"], ["distributed"], ["linear"], ["api", "solver", "schedules"], ["verification"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
 ]  # fmt: skip
 BACKENDS = {"reference", "triton"}
 
@@ -56,7 +56,7 @@ def test_backends_share_only_constants_of_the_reference() -> None:
 
 
 def test_importing_the_package_loads_no_backend_and_no_trainer() -> None:
-    code = "import sys, torch; before = set(sys.modules); import pmpo_kernels, pmpo_kernels.parity; print(*sorted(set(sys.modules) - before))"
+    code = "import sys, torch; before = set(sys.modules); import pmpo_kernels, pmpo_kernels.verification.peers; print(*sorted(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     first = {name.split(".")[0] for name in loaded}
     assert not first & {"triton", "transformers", "trl", "verl", "liger_kernel", "typer", "rich", "matplotlib"}
