@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from time_and_memory import peak_memory
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +39,6 @@ from pmpo_kernels.cost import (
     weight_collectives,
 )
 from pmpo_kernels.cost.counts import largest_chunk
-from pmpo_kernels.demo.cost import peak_memory
 from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 ROOT = Path(__file__).parent.parent

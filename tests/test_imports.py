@@ -15,7 +15,7 @@ PACKAGE = Path(pmpo_kernels.__file__).parent
 # Below, a module may import only those to its left; one not listed here fails the test.
 LAYERS = [
     ["version", "memory", "cost", "scalars"], ["config"], ["checks", "aggregate", "cpp"], ["reference"], ["impls", "triton", "projection"],
-    ["ops"], ["autograd"], ["arguments", "chunks", "sharing"], ["distributed"], ["linear"], ["api", "solver", "schedules"], ["verification"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
+    ["ops"], ["autograd"], ["arguments", "chunks", "sharing"], ["distributed"], ["linear"], ["api", "solver", "schedules"], ["verification"], ["benchmarking"], ["cli", "integrations"], ["__main__"],
 ]  # fmt: skip
 BACKENDS = {"reference", "triton"}
 
