@@ -30,7 +30,7 @@ with_triton = if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is
 	then $(1); else TRITON_INTERPRET=1 $(1); fi
 
 demo: .venv/installed
-	@$(call with_triton,$(BIN)/pmpo-kernels demo --overwrite)
+	@$(call with_triton,$(BIN)/python examples/demo/demo.py --overwrite)
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pmpo_kernels import LossConfig, pmpo_loss
-from pmpo_kernels.baseline import eager_loss_from_logp, eager_token_logp
 from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
 from pmpo_kernels.benchmarking.head import HeadInputs
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER
+from pmpo_kernels.verification.baseline import eager_loss_from_logp, eager_token_logp
 
 OURS = "linear_pmpo_loss"
 LIGER_NLL, TORCH_NLL = "Liger, scaled cross entropy", "PyTorch's linear_cross_entropy"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pmpo_kernels.benchmarking.machine import provenance
-from pmpo_kernels.parity import compare, find_peers, make_batch
+from pmpo_kernels.verification.peers import compare, find_peers, make_batch
 
 PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 START, END = "<!-- parity:start -->", "<!-- parity:end -->"

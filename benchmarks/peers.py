@@ -12,12 +12,12 @@ from functools import partial
 from torch import Tensor
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.baseline import eager_loss_from_logp
 from pmpo_kernels.benchmarking.cases import Case, Preset
 from pmpo_kernels.benchmarking.inputs import Inputs
 from pmpo_kernels.benchmarking.machine import installed
 from pmpo_kernels.benchmarking.variants import INTERPRETED, PEER, LossFunction, Variant
 from pmpo_kernels.impls import INTERPRETER, TRITON_INSTALLED, interpreted
+from pmpo_kernels.verification.baseline import eager_loss_from_logp
 
 LIGER, TRL = "Liger", "TRL"
 LEVELS = {Preset.grpo: "token", Preset.gspo: "sequence"}  # the presets that Liger computes with loss_type="grpo"

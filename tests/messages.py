@@ -1,4 +1,4 @@
-"""The error messages of the package, read from its source. GAP stands for what varies in one."""
+"""The error messages of the package and the demo, read from their sources. GAP stands for what varies in one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "pmpo_kernels"
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("pmpo_kernels", "examples/demo")
 GAP = "…"
 REASONS = ("_problem", "load")  # what they return is told as the reason why an implementation cannot run
 Scopes = tuple[ast.AST, ...]  # from the module to the innermost function
@@ -17,7 +18,11 @@ Scopes = tuple[ast.AST, ...]  # from the module to the innermost function
 
 @lru_cache
 def modules() -> list[ast.Module]:
-    return [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))]
+    return [
+        ast.parse(file.read_text(encoding="utf-8"))
+        for folder in FOLDERS
+        for file in sorted((ROOT / folder).rglob("*.py"))
+    ]
 
 
 def walk(node: ast.AST, scopes: Scopes) -> Iterator[tuple[ast.AST, Scopes]]:

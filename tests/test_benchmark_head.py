@@ -18,7 +18,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.baseline import eager_loss_from_logp
 from pmpo_kernels.benchmarking import head_accuracy, inputs
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
@@ -28,6 +27,7 @@ from pmpo_kernels.benchmarking.measure import Times
 from pmpo_kernels.benchmarking.report import Report
 from pmpo_kernels.benchmarking.variants import PEER
 from pmpo_kernels.linear.projection import adds_to_float32
+from pmpo_kernels.verification.baseline import eager_loss_from_logp
 
 runner = CliRunner(env={"COLUMNS": "200"})
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

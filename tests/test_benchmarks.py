@@ -19,7 +19,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig, verification
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.benchmarking import accuracy, inputs, measure
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Spread, compare, host_overhead, steps
@@ -37,6 +36,7 @@ from pmpo_kernels.benchmarking.variants import (
     variants,
 )
 from pmpo_kernels.verification import ThreePartError
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 runner = CliRunner(env={"COLUMNS": "200"})
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

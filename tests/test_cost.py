@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from time_and_memory import peak_memory
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.cost import (
     H100,
     H200,
@@ -39,7 +39,7 @@ from pmpo_kernels.cost import (
     weight_collectives,
 )
 from pmpo_kernels.cost.counts import largest_chunk
-from pmpo_kernels.demo.cost import peak_memory
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 ROOT = Path(__file__).parent.parent
 B, T, V, H = 6, 8, 72, 16

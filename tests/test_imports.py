@@ -15,7 +15,7 @@ PACKAGE = Path(pmpo_kernels.__file__).parent
 # Below, a module may import only those to its left; one not listed here fails the test.
 LAYERS = [
     ["version", "memory", "cost", "scalars", "contract"], ["config", "cpp", "aggregate"], ["checks", "impls"], ["batch"], ["reference", "triton"], ["ops"],
-    ["autograd"], ["sharing"], ["distributed"], ["api", "solver", "baseline", "schedules"], ["linear"], ["verification", "parity"], ["benchmarking"], ["demo"], ["cli", "integrations"], ["__main__"],
+    ["autograd"], ["sharing"], ["distributed"], ["api", "solver", "schedules"], ["linear"], ["verification"], ["benchmarking"], ["cli", "integrations"], ["__main__"],
 ]  # fmt: skip
 # What a backend may import beside its own; `aggregate` is the reference's.
 SHARED = {"batch", "contract"}
@@ -57,7 +57,7 @@ def test_a_backend_imports_what_all_share_and_its_own(backend: str) -> None:
 
 
 def test_importing_the_package_loads_no_backend_and_no_trainer() -> None:
-    code = "import sys, torch; before = set(sys.modules); import pmpo_kernels, pmpo_kernels.parity; print(*sorted(set(sys.modules) - before))"
+    code = "import sys, torch; before = set(sys.modules); import pmpo_kernels, pmpo_kernels.verification.peers; print(*sorted(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     first = {name.split(".")[0] for name in loaded}
     assert not first & {"triton", "transformers", "trl", "verl", "liger_kernel", "typer", "rich", "matplotlib"}

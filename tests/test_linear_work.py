@@ -12,12 +12,12 @@ import torch
 from head_cases import CLIPPING, call, head_case, leaves_of, materialised, run_head
 from hypothesis import given
 from hypothesis import strategies as st
+from time_and_memory import peak_memory
 from torch.profiler import ProfilerActivity, profile
 
 import pmpo_kernels.linear.chunks
 import pmpo_kernels.linear.projection
 from pmpo_kernels import LossConfig, linear_pmpo_loss
-from pmpo_kernels.demo.cost import peak_memory
 from pmpo_kernels.linear.chunks import FEWEST_TOKENS, default_chunk_tokens, even, pack
 from pmpo_kernels.linear.projection import BLOCK_BYTES, HeadOptions, row_bytes
 

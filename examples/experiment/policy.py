@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,8 @@ from tasks import LEVELS, Problem, draw_problem, noisy_solution
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from pmpo_kernels.demo.model import load_model
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
+from smollm2 import load_model
 
 ModelName = Literal["small", "smollm2"]
 CHARACTERS = " 0123456789+-=\n"

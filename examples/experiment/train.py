@@ -15,8 +15,8 @@ from tasks import Problem, draw_problems, reward
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, token_logp
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.schedules import group_advantages
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 SHOWN = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Quantiles of p and of ESS/n in the log, among the trajectories that have a gradient."""

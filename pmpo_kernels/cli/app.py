@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pmpo_kernels.cli import bench, demo, info, verify
+from pmpo_kernels.cli import bench, info, verify
 
 app = typer.Typer(
     name="pmpo-kernels",
@@ -12,7 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for module in (info, verify, bench, demo):
+for module in (info, verify, bench):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from demo_figure import Trajectories
+from from_hidden import HeadRow
+from from_logits import Row
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-
-from pmpo_kernels.demo.compare import Row
-from pmpo_kernels.demo.figure import Trajectories
-from pmpo_kernels.demo.head import HeadRow
-from pmpo_kernels.demo.rollouts import Policy
+from rollouts import Policy
 
 
 def records(data: Trajectories, policy: Policy) -> list[dict[str, Any]]:

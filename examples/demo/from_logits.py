@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rollouts import Rollouts
+from time_and_memory import peak_memory, timed
 from torch import Tensor
 
 from pmpo_kernels.api import pmpo_loss, pmpo_loss_from_logp
-from pmpo_kernels.baseline import eager_pmpo_loss, eager_token_logp
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.contract import STATS
-from pmpo_kernels.demo.cost import peak_memory, timed
-from pmpo_kernels.demo.rollouts import Rollouts
 from pmpo_kernels.impls import IMPLS, interpreted, resolve_impl
 from pmpo_kernels.verification import Case, Oracle, oracle, three_part_error, tolerance
+from pmpo_kernels.verification.baseline import eager_pmpo_loss, eager_token_logp
 
 REPEATS = 3
 INTERPRETED_TRAJECTORIES = 2

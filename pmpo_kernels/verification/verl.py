@@ -9,8 +9,7 @@ from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
 from verl.workers.config import ActorConfig
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.parity.batch import LENGTHS, Batch, token_weights
-from pmpo_kernels.parity.cases import ParityCase
+from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, token_weights
 
 NO_DUAL_CLIP = 1e9  # verl's vanilla loss always has one, at a ratio of 3 by default
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rollouts import Rollouts
 from torch import Tensor
 
 from pmpo_kernels.api import PMPOOutput, pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.demo.rollouts import Rollouts
 from pmpo_kernels.reference import clip_log_ratio
 
 if TYPE_CHECKING:

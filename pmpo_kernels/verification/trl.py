@@ -17,8 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.parity.batch import LENGTHS, Batch, entropy, token_weights
-from pmpo_kernels.parity.cases import ParityCase
+from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, entropy, token_weights
 
 ACCUMULATION = 4
 OFF_POLICY_THRESHOLD, TOP_ENTROPY = -0.1, 0.6

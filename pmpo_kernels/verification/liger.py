@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import INTERPRETER, interpreted
-from pmpo_kernels.parity.batch import LENGTHS, Batch, token_weights
-from pmpo_kernels.parity.cases import ParityCase
+from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, token_weights
 
 
 def triton_loss(

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rollouts import Policy, Rollouts
+from time_and_memory import peak_memory, timed
 from torch import Tensor
 from torch.nn.functional import linear
 
 from pmpo_kernels.api import pmpo_loss
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.benchmarking.head import HeadInputs, exact_logits
 from pmpo_kernels.benchmarking.head_accuracy import HeadExact, bounds, errors, exact
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.demo.cost import peak_memory, timed
-from pmpo_kernels.demo.rollouts import Policy, Rollouts
 from pmpo_kernels.linear import linear_pmpo_loss
 from pmpo_kernels.verification import error_bound
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 REPEATS = 3
 CHUNK_TOKENS = 128
