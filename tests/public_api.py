@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# A module with `__all__` has the names in it, another one its functions and classes without an underscore.
+# A module with `__all__` has the names in it, another one its functions and classes without an underscore, and what it passes on.
 MODULES = [
     "pmpo_kernels", "pmpo_kernels.schedules", "pmpo_kernels.reference", "pmpo_kernels.solver", "pmpo_kernels.distributed", "pmpo_kernels.cost",
     "pmpo_kernels.verification", "pmpo_kernels.verification.peers", "pmpo_kernels.integrations.trl", "pmpo_kernels.integrations.verl",
@@ -55,6 +55,8 @@ def public_names(module: str) -> list[str]:
         assert isinstance(listed[0], ast.Assign)
         return sorted(ast.literal_eval(listed[0].value))
     defined = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    imported = [alias for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    defined += [alias.name for alias in imported if alias.asname == alias.name]  # `x as x`: passed on
     return sorted({name for name in defined if not name.startswith("_")})
 
 
