@@ -10,10 +10,8 @@ from pmpo_kernels.benchmarking.inputs import Inputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.ops import stage
 
-StageFunctions = dict[str, Callable[[], object]]
 
-
-def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunctions:
+def stage_calls(impl: str, inputs: Inputs, config: LossConfig) -> dict[str, Callable[[], object]]:
     """`token_logp`, `trajectory` (p solved where it is adaptive), `dlogits`, and `dlogits_` in place, which writes over the
     logits of the inputs: they have to be restored after it."""
     i = inputs
