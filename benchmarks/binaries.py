@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from under_way import WIDTH, is_load, size_of, under_way
 
 from pmpo_kernels.benchmarking.machine import provenance
-from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.benchmarking.report import files_problem
 from pmpo_kernels.contract import STATS
 from pmpo_kernels.triton.launch import (
     BLOCK_THREADS,
@@ -265,7 +265,8 @@ def main(
     if unknown:
         raise typer.BadParameter(f"expected some of {', '.join(TARGETS)}, got {', '.join(unknown)}", param_hint="ARCHS")
     path = out / f"binaries-{triton.__version__}.json" if out else None
-    check_files([path] if path else [], overwrite)
+    if problem := files_problem([path] if path else [], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
     chosen = archs or list(TARGETS)
     if not path:
         for arch in chosen:

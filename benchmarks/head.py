@@ -19,8 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import head_accuracy
 import torch
 import typer
+from head_inputs import HeadBench, HeadCase, HeadInputs, build_head_inputs
 from head_report import (
     ERROR_NOTE,
     ERROR_PARTS,
@@ -37,17 +39,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from suites import MODELS, NO_ZEROS, WHOLE, Model
 from torch import Tensor
 
-from pmpo_kernels.benchmarking import head_accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, allocators, using
-from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
+from pmpo_kernels.benchmarking.cases import Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Row, judge, run_once, summarise
 from pmpo_kernels.benchmarking.figure import write_figure
-from pmpo_kernels.benchmarking.head import HeadBench, HeadInputs, build_head_inputs
 from pmpo_kernels.benchmarking.measure import Steps, Times, rotating
-from pmpo_kernels.benchmarking.memory import peak_allocated, peak_resident
-from pmpo_kernels.benchmarking.report import Report, accuracy_table, wide_console, write_json
-from pmpo_kernels.benchmarking.traffic import model_bytes
-from pmpo_kernels.cli.bench import check_files, check_memory
+from pmpo_kernels.benchmarking.memory import memory_problem, peak_allocated, peak_resident
+from pmpo_kernels.benchmarking.report import Report, accuracy_table, files_problem, wide_console, write_json
 from pmpo_kernels.linear.projection import adds_to_float32
 
 HIDDEN = {"qwen2.5": 3584, "smollm2": 576, "ministral": 4096}
@@ -171,8 +169,7 @@ def compare(
     advance("float64")
     want = head_accuracy.exact(inputs, case.config)
     rows = [Row(variant.name, variant.group) for variant in chosen]
-    traffic = model_bytes(case, len(inputs.hidden), want.gradient_rows)
-    found = Comparison(rows, {}, {}, traffic, want.gradient_rows)
+    found = Comparison(rows, {}, {}, len(inputs.hidden), want.gradient_rows)
     functions = {}
     with using(setting):
         for variant, row in zip(chosen, rows, strict=True):
@@ -308,8 +305,10 @@ def main(
     if tiny:
         plan = [Planned(replace(case, **TINY), brief) for case, brief in plan]
     plan = list({planned.case: planned for planned in plan}.values())
-    check_files([path for planned in plan for path in files(planned.case, out)], overwrite)
-    check_memory([planned.case for planned in plan], "--model, --hidden, --tokens, --batch, --dtype")
+    if problem := files_problem([path for planned in plan for path in files(planned.case, out)], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
+    if problem := memory_problem(*(planned.case for planned in plan)):
+        raise typer.BadParameter(problem, param_hint="--model, --hidden, --tokens, --batch, --dtype")
     console = wide_console()
     reports: list[HeadReport] = []
     for planned in plan:

@@ -6,14 +6,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from head_inputs import HeadCase
 from head_rows import FLOOR, LIGER_NLL, OURS, TORCH_NLL, HeadVariant
-from peers import LIGER, TRL, versions
+from other_packages import LIGER, TRL, versions
 from rich.table import Table
 from rich.text import Text
 from targets import HEAD_HALF_OVER_FULL, HEAD_LIGER_OVER_OURS, HEAD_MEMORY, HEAD_OVER_PRODUCTS
 
 from pmpo_kernels.benchmarking.allocator import Allocator
-from pmpo_kernels.benchmarking.cases import LIMITS, HeadCase
+from pmpo_kernels.benchmarking.cases import LIMITS
 from pmpo_kernels.benchmarking.comparison import Row, Timing
 from pmpo_kernels.benchmarking.report import P_NOTE, Report, ms
 from pmpo_kernels.benchmarking.report import content as base_content

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peers import LIGER, TRL
+from head_inputs import HeadCase, HeadInputs
+from other_packages import LIGER, TRL
 from torch import Tensor
 from torch.nn.functional import linear
 
 from pmpo_kernels import LossConfig, pmpo_loss
-from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
-from pmpo_kernels.benchmarking.head import HeadInputs
+from pmpo_kernels.benchmarking.cases import Dtype, Preset
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER
 from pmpo_kernels.verification.baseline import eager_loss_from_logp, eager_token_logp
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peers import versions
+from other_packages import versions
 from rich.table import Table
 from rich.text import Text
+from traffic import Traffic, copy_bandwidth, model_bytes, share
 
 from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import LIMITS
 from pmpo_kernels.benchmarking.comparison import Spread, Timing
 from pmpo_kernels.benchmarking.report import P_NOTE, Report, ms
 from pmpo_kernels.benchmarking.report import content as base_content
-from pmpo_kernels.benchmarking.traffic import copy_bandwidth, share
 from pmpo_kernels.benchmarking.variants import FUSED
 
 PASSES = ("forward", "backward", "both")
@@ -48,6 +48,12 @@ class RunReport:
         return self.timed[self.ours_name] if self.ours_name else None
 
     @property
+    def traffic(self) -> Traffic:
+        """The fewest bytes that a pass can move."""
+        comparison = self.base.comparison
+        return model_bytes(self.base.case, comparison.unmasked_rows, comparison.gradient_rows)
+
+    @property
     def bandwidth(self) -> float | None:
         """Bytes a second of the copy that was measured between the rounds; None where nothing was timed."""
         floor = self.base.floor
@@ -62,7 +68,7 @@ class RunReport:
     def share(self, name: str, spread: Spread) -> float:
         """Share of the copy bandwidth: the model bytes of a pass over what a copy moves in that time."""
         assert self.bandwidth is not None
-        return share(getattr(self.base.comparison.traffic, name), spread.median, self.bandwidth)
+        return share(getattr(self.traffic, name), spread.median, self.bandwidth)
 
     def call_shares(self, timing: Timing) -> dict[str, float]:
         """Shares of the copy bandwidth of a whole call, by pass."""
@@ -109,7 +115,7 @@ def reasons(report: RunReport) -> list[str]:
 
 def caption(report: RunReport) -> str:
     """Return the text that says what the figures of the table mean."""
-    base, traffic = report.base, report.base.comparison.traffic
+    base, traffic = report.base, report.traffic
     parts = [
         f"Median (quartiles) of {base.repeats} interleaved rounds. {base.zero_rows:.0%} of the rows have no gradient. "
         f"Model: forward {traffic.forward / 1e9:.3g} GB, backward {traffic.backward / 1e9:.3g} GB."
@@ -177,7 +183,7 @@ def content(report: RunReport, complete: bool = True) -> dict[str, Any]:
     comparison = report.base.comparison
     found["ours"] = report.ours_name
     found["power"] = comparison.power
-    found["model_bytes"] = {name: getattr(comparison.traffic, name) for name in PASSES}
+    found["model_bytes"] = {name: getattr(report.traffic, name) for name in PASSES}
     found["copy_bytes_a_second"] = report.bandwidth
     found["stages"] = {name: stage_figures(report, name) for name in comparison.stages}
     found["stage_share_of_copy"] = stage_share_of_copy(report)
@@ -190,7 +196,7 @@ def content(report: RunReport, complete: bool = True) -> dict[str, Any]:
 def stage_figures(report: RunReport, name: str) -> dict[str, Any]:
     """Return the milliseconds of a stage, the fewest bytes that it can move, and the rate at which it moves them."""
     spread = report.base.comparison.stages[name]
-    moved = getattr(report.base.comparison.traffic, PASS_OF[name]) if name in PASS_OF else None
+    moved = getattr(report.traffic, PASS_OF[name]) if name in PASS_OF else None
     rate = None if moved is None else 1e-6 * moved / spread.median
     return asdict(spread) | {
         "bytes": moved,

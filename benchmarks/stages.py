@@ -37,8 +37,7 @@ from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.machine import provenance
-from pmpo_kernels.benchmarking.report import wide_console, write_json
-from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.benchmarking.report import files_problem, wide_console, write_json
 from pmpo_kernels.impls import USABLE, available_impls
 from pmpo_kernels.ops import stage
 
@@ -246,7 +245,8 @@ def main(
             f"expected an implementation that runs here, got one that does not: {status}", param_hint="--impl"
         )
     files = {kind: out / f"stages{'-triton' if triton else ''}.{kind}" for kind in ("json", "png")}
-    check_files(list(files.values()), overwrite)
+    if problem := files_problem(list(files.values()), overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
     out.mkdir(parents=True, exist_ok=True)
     console, wrong = wide_console(), False
     if triton:

@@ -9,15 +9,16 @@ import torch
 from rich.console import Console
 from run_figures import write_roofline
 from run_report import RunReport, content, reasons, speed_table
+from stage_calls import stage_calls
 
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.comparison import Comparison
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import TIME_METHOD
-from pmpo_kernels.benchmarking.report import Report, write_json
+from pmpo_kernels.benchmarking.memory import memory_problem
+from pmpo_kernels.benchmarking.report import Report, measure, write_json
 from pmpo_kernels.benchmarking.variants import INTERPRETED, fused_variants
-from pmpo_kernels.cli.bench import measure, memory_problem
 from pmpo_kernels.impls import interpreted
 
 
@@ -61,7 +62,9 @@ def measure_case(case: Case, repeats: int, found: dict[str, Any], path: Path, co
         found["cases"] = [*done, content(report_of(comparison), complete)]
         write_json(found, path)
 
-    comparison = measure(case, fused_variants("triton"), repeats, [setting], console, memory=False, save=save)
+    comparison = measure(
+        case, fused_variants("triton"), repeats, [setting], console, memory=False, save=save, stages=stage_calls
+    )
     save(comparison, complete=True)
     report = report_of(comparison)
     console.print(speed_table(report))

@@ -31,8 +31,7 @@ from pmpo_kernels.benchmarking.cases import Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import lap, rotating
-from pmpo_kernels.benchmarking.report import wide_console, write_json
-from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.benchmarking.report import files_problem, wide_console, write_json
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
 from pmpo_kernels.triton.launch import DLOGITS, TOKEN_LOGP, LaunchConfig, Step, capability, launch_config
@@ -183,7 +182,8 @@ def main(
         expected = "a GPU visible to PyTorch, or TRITON_INTERPRET=1 for a rehearsal"
         raise typer.BadParameter(f"expected {expected}, got neither", param_hint="sweep.py")
     path = out / "sweep.json"
-    check_files([path], overwrite)
+    if problem := files_problem([path], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
     out.mkdir(parents=True, exist_ok=True)
     device, kind = "cuda" if cuda else "cpu", getattr(torch, dtype.value)
     arch = capability(torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The error messages of the package and the demo, read from their sources. GAP stands for what varies in one."""
+"""The error messages of the package, the demo and the cases of benchmarks, read from their sources. GAP stands for what varies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("pmpo_kernels", "examples/demo")
+SOURCES = ("pmpo_kernels/**/*.py", "examples/demo/*.py", "benchmarks/head_inputs.py")
 GAP = "…"
-REASONS = ("_problem", "load")  # what they return is told as the reason why an implementation cannot run
+REASONS = (
+    "_problem",
+    "files_problem",
+    "memory_problem",
+    "load",
+)  # what they return is told as the reason why something cannot run
 Scopes = tuple[ast.AST, ...]  # from the module to the innermost function
 
 
 @lru_cache
 def modules() -> list[ast.Module]:
-    return [
-        ast.parse(file.read_text(encoding="utf-8"))
-        for folder in FOLDERS
-        for file in sorted((ROOT / folder).rglob("*.py"))
-    ]
+    files = [file for pattern in SOURCES for file in sorted(ROOT.glob(pattern))]
+    return [ast.parse(file.read_text(encoding="utf-8")) for file in files]
 
 
 def walk(node: ast.AST, scopes: Scopes) -> Iterator[tuple[ast.AST, Scopes]]:

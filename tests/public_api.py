@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # A module with `__all__` has the names in it, another one its functions and classes without an underscore, and what it passes on.
 MODULES = [
-    "pmpo_kernels", "pmpo_kernels.schedules", "pmpo_kernels.reference", "pmpo_kernels.solver", "pmpo_kernels.distributed", "pmpo_kernels.cost",
+    "pmpo_kernels", "pmpo_kernels.schedules", "pmpo_kernels.reference", "pmpo_kernels.solver", "pmpo_kernels.distributed",
     "pmpo_kernels.verification", "pmpo_kernels.verification.peers", "pmpo_kernels.integrations.trl", "pmpo_kernels.integrations.verl",
 ]  # fmt: skip
 COMMANDS = ["info", "verify", "bench"]

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import traffic
 from suites import MODELS, Suite, choose, suite
 from torch import Tensor
 
-from pmpo_kernels.benchmarking import traffic
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs, flat_trajectory
 from pmpo_kernels.contract import STATS

@@ -1,4 +1,4 @@
-"""The import law: what may import what, read from the sources and from what an import really loads."""
+"""The import law: what may import what, read from the sources and from what an import really loads; no circles among the programs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import pytest
 import pmpo_kernels
 
 PACKAGE = Path(pmpo_kernels.__file__).parent
+PROGRAMS = [
+    path for folder in ("benchmarks", "examples", "tools") for path in sorted((PACKAGE.parent / folder).rglob("*.py"))
+]
 # Below, a module may import only those to its left; one not listed here fails the test.
 LAYERS = [
-    ["version", "memory", "cost", "scalars", "contract"], ["config", "cpp", "aggregate"], ["checks", "impls"], ["batch"], ["reference", "triton"], ["ops"],
+    ["version", "memory", "scalars", "contract"], ["config", "cpp", "aggregate"], ["checks", "impls"], ["batch"], ["reference", "triton"], ["ops"],
     ["autograd"], ["sharing"], ["distributed"], ["api", "solver", "schedules"], ["linear"], ["verification"], ["benchmarking"], ["cli", "integrations"], ["__main__"],
 ]  # fmt: skip
 # What a backend may import beside its own; `aggregate` is the reference's.
@@ -62,3 +65,51 @@ def test_importing_the_package_loads_no_backend_and_no_trainer() -> None:
     first = {name.split(".")[0] for name in loaded}
     assert not first & {"triton", "transformers", "trl", "verl", "liger_kernel", "typer", "rich", "matplotlib"}
     assert not [name for name in loaded if name.startswith(("pmpo_kernels.triton", "pmpo_kernels.cli"))]
+
+
+def names(path: Path) -> set[str]:
+    """Modules that a file names in an import, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_program_imports_the_command_line() -> None:
+    """Of the package's modules: those of `cli/` are programs themselves."""
+    for path in PROGRAMS:
+        assert not [name for name in names(path) if name.startswith("pmpo_kernels.cli")], path
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, the first one again at the end; none: empty."""
+    done: set[str] = set()
+
+    def visit(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done or module not in imports:
+            return []
+        for other in sorted(imports[module]):
+            if found := visit(other, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in imports if (found := visit(module, []))), [])
+
+
+def test_the_modules_of_the_programs_import_each_other_in_no_circle() -> None:
+    by_name: dict[str, list[Path]] = {}
+    for path in PROGRAMS:
+        by_name.setdefault(path.stem, []).append(path)
+    assert [paths for paths in by_name.values() if len(paths) > 1] == []  # they are imported by their names alone
+    assert circle({name: names(path) for name, (path,) in by_name.items()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "torch"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": {"torch"}}) == []

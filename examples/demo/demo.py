@@ -26,6 +26,7 @@ from time_and_memory import MEMORY_METHOD
 from torch import Tensor
 
 from pmpo_kernels.api import pmpo_loss
+from pmpo_kernels.benchmarking.report import files_problem
 from pmpo_kernels.impls import interpreted
 
 FILES = ("demo.png", "summary.json")
@@ -172,13 +173,8 @@ def main(
     The second half is then off-policy: some tokens clip, and p adapts per trajectory. Loss and gradient of each usable
     implementation are compared with float64 on these logits; exit code 1 if one is further away than rounding explains.
     """
-    existing = [str(out / name) for name in FILES if (out / name).exists()]
-    if existing and not overwrite:
-        raise typer.BadParameter(
-            f"expected a folder without results, got one with {' and '.join(existing)}; "
-            "name another folder, or give --overwrite to replace them",
-            param_hint="--out",
-        )
+    if problem := files_problem([out / name for name in FILES], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
     settings = Settings(
         seed=seed,
         prompts=prompts,

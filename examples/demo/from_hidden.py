@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -15,12 +17,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pmpo_kernels.api import pmpo_loss
-from pmpo_kernels.benchmarking.head import HeadInputs, exact_logits
-from pmpo_kernels.benchmarking.head_accuracy import HeadExact, bounds, errors, exact
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.linear import linear_pmpo_loss
 from pmpo_kernels.verification import error_bound
 from pmpo_kernels.verification.baseline import eager_pmpo_loss
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from head_accuracy import HeadExact, bounds, errors, exact
+from head_inputs import HeadInputs, exact_logits
 
 REPEATS = 3
 CHUNK_TOKENS = 128
@@ -32,7 +36,7 @@ Run = Callable[[Tensor, Tensor, Rollouts], Tensor]
 @dataclass(frozen=True)
 class HeadRow:
     """One way from hidden states to the gradients of hidden states and weight. Errors are relative to what the bounds are relative
-    to (`benchmarking.head_accuracy`); times are seconds."""
+    to (`benchmarks/head_accuracy.py`); times are seconds."""
 
     name: str
     loss: float

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +14,11 @@ from torch import Tensor
 from pmpo_kernels.benchmarking import accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, using
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.head_accuracy import HeadErrors
 from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps, Times, lap, rotating
 from pmpo_kernels.benchmarking.memory import peak_memory
-from pmpo_kernels.benchmarking.stages import stage_functions
-from pmpo_kernels.benchmarking.traffic import Traffic, model_bytes
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER, LossFunction, Variant
-from pmpo_kernels.verification import ThreePartError
+from pmpo_kernels.config import LossConfig
 
 WARMUP_ROUNDS = 2
 
@@ -75,7 +72,7 @@ class Row:
     group: str
     gradient_error: float | None = None
     gradient_bound: float | None = None
-    parts: ThreePartError | HeadErrors | None = None
+    parts: NamedTuple | None = None
     loss_error: float | None = None
     loss_bound: float | None = None
     wrong: bool = False
@@ -88,14 +85,14 @@ class Row:
 class Comparison:
     """All results of a case, with `rows` in the order of the variants.
 
-    `floor` are the times of one read and one copy of the logits, `stages` those of each stage of the first fused variant alone,
-    `traffic` the fewest bytes that a pass can move. `gradient_rows` is the number of rows of the logits whose gradient is not 0,
-    `power` the smallest and the largest adaptive p where A is not 0."""
+    `floor` are the times of one read and one copy of the logits, `stages`, if asked for, those of each stage of the first fused
+    variant alone. `unmasked_rows` and `gradient_rows` are the numbers of rows of the logits that belong to a response token and
+    whose gradient is not 0, `power` the smallest and the largest adaptive p where A is not 0."""
 
     rows: list[Row]
     floor: dict[str, Spread]
     stages: dict[str, Spread]
-    traffic: Traffic
+    unmasked_rows: int
     gradient_rows: int
     power: tuple[float, float] | None = None
 
@@ -105,6 +102,8 @@ class Comparison:
 
 
 Result = TypeVar("Result")
+# `stages(impl, inputs, config)`: by name, calls that are timed alone
+StageCalls = Callable[[str, Inputs, LossConfig], dict[str, Callable[[], object]]]
 
 
 def attempt(row: Row, call: Callable[[], Result]) -> Result | None:
@@ -157,20 +156,20 @@ def compare(
     settings: list[Allocator],
     memory: bool = True,
     save: Callable[[Comparison], None] | None = None,
+    stages: StageCalls | None = None,
 ) -> Comparison:
     """Build the inputs, check the variants, measure their memory, and time them under each setting of the allocator.
 
     `advance(what)` is called before each of `steps(...)` steps. `save` is called with what there is after each checked row, each
     memory figure and each timed round. With it the others are timed before torch.compile, which may take longer than all of them,
-    begins, and then again beside it.
+    begins, and then again beside it. Each of `stages` of the first fused variant is timed alone.
     """
     advance("building inputs")
     inputs = build_inputs(case)
     benches = {one_more: Bench(inputs, one_more) for one_more in {variant.one_more for variant in chosen}}
     want = accuracy.exact(inputs, case.config)
     rows = {variant: Row(variant.name, variant.group) for variant in chosen}
-    traffic = model_bytes(case, int(inputs.mask.sum()), want.gradient_rows)
-    found = Comparison(list(rows.values()), {}, {}, traffic, want.gradient_rows, _powers(inputs))
+    found = Comparison(list(rows.values()), {}, {}, int(inputs.mask.sum()), want.gradient_rows, _powers(inputs))
     functions: dict[Variant, LossFunction] = {}
     for part in parts(chosen, save is not None):
         for variant in part:
@@ -192,7 +191,9 @@ def compare(
                     save(found)
         if any(variant in functions for variant in part):
             # rounds are saved as they are done, unless a whole set of them is saved already
-            time_rows(found, case, benches, functions, repeats, advance, settings, None if found.floor else save)
+            time_rows(
+                found, case, benches, functions, repeats, advance, settings, None if found.floor else save, stages
+            )
     return found
 
 
@@ -218,16 +219,17 @@ def time_rows(
     advance: Callable[[str], None],
     settings: list[Allocator],
     save: Callable[[Comparison], None] | None,
+    stages: StageCalls | None,
 ) -> None:
     """Time the variants in `functions` under each setting of the allocator, and store the times in their rows. The times of floor
     and stages are taken over the rounds of all settings."""
     totals: tuple[Samples, Samples] = ({}, {})
     for allocator in settings:
         with using(allocator):
-            for _ in _rounds(case, benches, functions, WARMUP_ROUNDS, advance):
+            for _ in _rounds(case, benches, functions, WARMUP_ROUNDS, advance, stages):
                 pass
             before = [dict(total) for total in totals]
-            for samples, *more in _rounds(case, benches, functions, repeats, advance):
+            for samples, *more in _rounds(case, benches, functions, repeats, advance, stages):
                 summarise(found.rows, allocator, samples)
                 for into, total, old, new in zip((found.floor, found.stages), totals, before, more, strict=True):
                     total |= {what: old.get(what, []) + values for what, values in new.items()}
@@ -245,6 +247,7 @@ def _rounds(
     functions: dict[Variant, LossFunction],
     repeats: int,
     advance: Callable[[str], None],
+    stages: StageCalls | None,
 ) -> Iterator[tuple[dict[str, list[Times]], Samples, Samples]]:
     """Time round by round. After each round yield all samples so far, of every variant by name, of the floor, and of the stages of
     the first fused variant."""
@@ -255,9 +258,9 @@ def _rounds(
     bench = benches[ours.one_more]
     bench.restore()
     work = bench.inputs._replace(logits=bench.logits.detach()[:, : case.tokens])
-    alone = stage_functions(ours.impl, work, case.config) if ours.impl else {}
+    alone = stages(ours.impl, work, case.config) if stages and ours.impl else {}
     floor: Samples = {"read": [], "copy": []}
-    stages: Samples = {name: [] for name in alone}
+    of_stages: Samples = {name: [] for name in alone}
     for names in rotating(list(named), repeats):
         advance("timing")
         for name in names:
@@ -266,8 +269,8 @@ def _rounds(
             floor[what].append(ms)
         for what, f in alone.items():
             bench.restore()
-            stages[what].append(lap(f, cuda))
-        yield times, floor, stages
+            of_stages[what].append(lap(f, cuda))
+        yield times, floor, of_stages
 
 
 def steps(chosen: list[Variant], repeats: int, settings: list[Allocator], early: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""`peak_memory`: what a variant needs at its peak beyond its inputs."""
+"""Peak memory of a variant beyond its inputs, and whether there is enough for a case."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps
 from pmpo_kernels.benchmarking.variants import LossFunction, Variant
+from pmpo_kernels.memory import available_memory
 
 MEMORY_METHOD = {
     "cuda": "torch.cuda.max_memory_allocated during one forward and backward, less what was allocated before",
@@ -25,6 +26,18 @@ MEMORY_METHOD = {
     "variant, less the resident set before (inputs, code, thread pools)",
 }
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def memory_problem(*cases: Case) -> str | None:
+    """Why the largest of the cases cannot be measured, if it needs more memory than there is."""
+    largest = max(cases, key=lambda case: case.needed_bytes)
+    available = available_memory(largest.device)
+    if available is None or largest.needed_bytes <= available:
+        return None
+    return (
+        f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {largest.batch} x "
+        f"{largest.tokens} x {largest.vocab}, which needs about {largest.needed_bytes / 2**30:.1f} GiB"
+    )
 
 
 def peak_memory(case: Case, variant: Variant, bench: Bench, f: LossFunction) -> int | None:

@@ -1,23 +1,27 @@
-"""`Report`: a comparison as tables and as JSON."""
+"""`Report`: a comparison as tables and as JSON, and the progress bar of one that is under way."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread
+from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread, StageCalls, compare, steps
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import TIME_METHOD
 from pmpo_kernels.benchmarking.memory import MEMORY_METHOD
+from pmpo_kernels.benchmarking.variants import Variant
 
 P_NOTE = "p is given to the rows that are not fused (solved beforehand, not timed); the fused rows solve it"
 
@@ -26,6 +30,27 @@ def wide_console() -> Console:
     """Make a console as wide as the terminal or COLUMNS. For a file it is 160 wide, because Rich would cut the tables at 80."""
     to_file = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=160 if to_file else None)
+
+
+def measure(
+    case: Case,
+    chosen: list[Variant],
+    repeats: int,
+    settings: list[Allocator],
+    console: Console,
+    memory: bool = True,
+    save: Callable[[Comparison], None] | None = None,
+    stages: StageCalls | None = None,
+) -> Comparison:
+    """Run `comparison.compare` with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, save is not None))
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
+
+        return compare(case, chosen, repeats, advance, settings, memory, save, stages)
 
 
 @dataclass(frozen=True)
@@ -151,6 +176,17 @@ def content(report: Report) -> dict[str, Any]:
         "results": rows,
         "skipped": report.skipped,
     }
+
+
+def files_problem(paths: list[Path], overwrite: bool) -> str | None:
+    """Why results cannot be written there: some are there already."""
+    existing = [str(path) for path in paths if path.exists()]
+    if overwrite or not existing:
+        return None
+    return (
+        f"expected a folder without results, got one with {' and '.join(existing)}; "
+        "name another folder, or give --overwrite to replace them"
+    )
 
 
 def write_json(found: dict[str, Any], path: Path) -> None:

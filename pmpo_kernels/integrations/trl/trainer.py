@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from pmpo_kernels.api import pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.integrations.trl.config import PMPOConfig
-from pmpo_kernels.integrations.trl.head import Scoring, add_loss_head
+from pmpo_kernels.integrations.trl.loss_head import Scoring, add_loss_head
 from pmpo_kernels.integrations.trl.metrics import loss_metrics
 from pmpo_kernels.linear import linear_pmpo_loss
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
-from scaling import LENGTH, MEMORY_OF, ROOT, SCHEMES, SMALLER, break_even, step
-
-from pmpo_kernels.cost import H100, H200, MODELS, Call, Scheme, memory, predict
+from counts import Call, Scheme, memory
+from prediction import H100, H200, MODELS, predict
+from schemes import LENGTH, MEMORY_OF, ROOT, SCHEMES, SMALLER, break_even, step
 
 PICTURE = ROOT / "docs" / "images" / "scaling.png"
 COLOURS = {"eager": "#c2571a", "logits": "#2f6db3", "fused": "#1d8a5f", "below": "#9a9a9a", "weight": "#7a3fa0"}

@@ -11,10 +11,8 @@ from pmpo_kernels.benchmarking.inputs import Inputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.ops import stage
 
-StageFunctions = dict[str, Callable[[], object]]
 
-
-def stage_functions(impl: str, inputs: Inputs, config: LossConfig) -> StageFunctions:
+def stage_calls(impl: str, inputs: Inputs, config: LossConfig) -> dict[str, Callable[[], object]]:
     """Return `token_logp`, `trajectory`, `dlogits` and `dlogits_` as functions without arguments. An adaptive p is solved.
     `dlogits_` writes over the logits of the inputs, which have to be restored after it."""
     i = inputs

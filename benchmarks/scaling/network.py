@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pmpo_kernels.cost.counts import FLOAT32, FLOAT64, Call, Head, Scheme, again, pieces
+from counts import FLOAT32, FLOAT64, Call, Head, Scheme, again, pieces
 
 Operation = Literal["all_gather", "all_reduce", "reduce_scatter"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pmpo_kernels.cost.counts import Call, Head, Scheme, memory, pass_bytes, product_bytes, products
-from pmpo_kernels.cost.network import (
+from counts import Call, Head, Scheme, memory, pass_bytes, product_bytes, products
+from network import (
     Collective,
     Device,
     agreement,

@@ -1,7 +1,7 @@
-"""Write the predictions of `pmpo_kernels.cost` into docs/scaling.md and draw docs/images/scaling.png. Nothing is measured.
+"""Write the predictions into docs/scaling.md and draw docs/images/scaling.png. Nothing is measured.
 
-python benchmarks/scaling.py          renews the blocks between the markers, and the picture
-python benchmarks/scaling.py --check  exits 1 if a block does not say what the model says; the picture is not compared
+python benchmarks/scaling/tables.py          renews the blocks between the markers, and the picture
+python benchmarks/scaling/tables.py --check  exits 1 if a block does not say what the model says; the picture is not compared
 """
 
 from __future__ import annotations
@@ -9,53 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from readme_table import table
-
-from pmpo_kernels.cost import (
-    H100,
-    H200,
-    MODELS,
-    Call,
-    Device,
-    Head,
-    Model,
-    Prediction,
-    Scheme,
-    collectives,
-    memory,
-    predict,
+from counts import Call, Head, Scheme, memory
+from network import Device, collectives
+from picture import draw
+from prediction import H100, H200, MODELS, Model, Prediction, predict
+from schemes import (
+    CALL,
+    GPUS,
+    LENGTH,
+    MEMORY_OF,
+    QUARTER,
+    ROOT,
+    SCHEMES,
+    SMALLER,
+    SMALLER_CHUNK,
+    TOKENS,
+    break_even,
+    step,
 )
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
 MARKERS = "<!-- {}:start -->", "<!-- {}:end -->"
 
-TOKENS, GPUS = (10**6, 10**7, 10**8), (8, 64, 512, 4096)
-CALL, LENGTH = 16_384, 4_096  # tokens a GPU and call, and of a trajectory
-SMALLER_CHUNK = 4_096  # tokens, where less memory is free
-QUARTER = H100.memory / 4
-# Qwen2.5-0.5B, 1.5B and 3B, parameters without embeddings by their model cards
-SMALLER = [
-    Model(name, Head(hidden, 151_936), below, below)
-    for name, hidden, below in (("0.5B", 896, 0.36e9), ("1.5B", 1536, 1.31e9), ("3B", 2048, 2.77e9))
-]
-SCHEMES: dict[str, Callable[[int], Scheme]] = {
-    "eager, FSDP": lambda n: Scheme(dp=n, path="eager"),
-    "`pmpo_loss`, FSDP": lambda n: Scheme(dp=n, path="logits"),
-    "fused, FSDP": lambda n: Scheme(dp=n),
-    "`pmpo_loss`, tp 8": lambda n: Scheme(tp=8, dp=n // 8, path="logits", fsdp=False),
-    "fused, tp 8": lambda n: Scheme(tp=8, dp=n // 8, fsdp=False),
-    "fused, cp 8, FSDP": lambda n: Scheme(cp=8, dp=n // 8),
-    "the same, 4,096 a chunk": lambda n: Scheme(cp=8, dp=n // 8, chunk=SMALLER_CHUNK),
-}
 
-
-def step(model: Model, name: str, tokens: float, gpus: int, device: Device = H100) -> Prediction:
-    return predict(model, SCHEMES[name](gpus), device, tokens, CALL, LENGTH)
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def number(x: float) -> str:
@@ -145,17 +126,6 @@ def most_tokens(head: Head, scheme: Scheme, room: float) -> int:
     return low
 
 
-MEMORY_OF = {
-    "eager": Scheme(path="eager"),
-    "`pmpo_loss`": Scheme(path="logits"),
-    "in place": Scheme(path="in place"),
-    "in place, tp 8": Scheme(tp=8, path="in place"),
-    "fused": Scheme(),
-    "fused, 4,096 a chunk": Scheme(chunk=SMALLER_CHUNK),
-    "fused, tp 8": Scheme(tp=8),
-}
-
-
 def memories() -> list[str]:
     header = ["model", "", *MEMORY_OF]
     rows = []
@@ -171,16 +141,6 @@ def memories() -> list[str]:
         "",
         *table(header, rows),
     ]
-
-
-def break_even(model: Model, scheme: Scheme, device: Device = H100) -> int:
-    """Number of tokens a GPU and call below which the weight's collectives take longer than head and loss."""
-    low, high = 1, 1 << 24
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = predict(model, scheme, device, middle * scheme.gpus, call_tokens=1 << 25, length=LENGTH)
-        low, high = (middle, high) if found.weight_bound else (low, middle)
-    return high
 
 
 def other_assumptions() -> list[Device]:
@@ -313,11 +273,9 @@ def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> 
         start, end = (marker.format(name) for marker in MARKERS)
         renewed = renewed[: renewed.index(start)] + f"{start}\n\n{block}\n\n" + renewed[renewed.index(end) :]
     if check and renewed != text:
-        typer.echo("docs/scaling.md: differs from pmpo_kernels.cost; run python benchmarks/scaling.py", err=True)
+        typer.echo("docs/scaling.md: differs from the formulas; run python benchmarks/scaling/tables.py", err=True)
         raise typer.Exit(1)
     if not check:
-        from scaling_figure import draw
-
         PAGE.write_text(renewed)
         draw()
 

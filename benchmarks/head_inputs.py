@@ -1,21 +1,64 @@
-"""Inputs of the comparisons of the fused head: packed hidden states and an LM head whose logits look like a language model's."""
+"""A case from hidden states: its shape, hidden states and an LM head with signal in them, packed, and the leaves of a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pmpo_kernels.benchmarking.cases import HeadCase
+from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.inputs import MARGIN, chunks, flat_trajectory, log_ratios, trajectories
 from pmpo_kernels.benchmarking.measure import Steps
 from pmpo_kernels.contract import STATS
 
 PEAKS = 4  # number of likely tokens in a row
 SPREAD = 1.5  # standard deviation of the logits of all other tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCase(Case):
+    """A `Case` of a loss from hidden states of width `hidden` and an LM head (V, H) of the same dtype.
+
+    Raises:
+        ValueError: as `Case`; a preset that clips whole trajectories, because its bounds are below the rounding of 16-bit logits.
+    """
+
+    hidden: int
+    padded: float = 0.375
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config.clip != "token":
+            raise ValueError(f"preset: expected one that clips tokens, got {self.preset.value}")
+
+    @property
+    def title(self) -> str:
+        hidden = f"({self.batch}, {self.tokens}, {self.hidden})"
+        head = f"({self.vocab}, {self.hidden})"
+        return f"{self.preset.value}, hidden states {hidden}, head {head}, {self.dtype.value}, {self.device}"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-h{self.hidden}"
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of the response tokens' hidden states and of the head; lengths are rounded otherwise."""
+        tokens = round(self.batch * self.tokens * (1 - self.padded))
+        return (tokens + self.vocab) * self.hidden * (self.row_bytes // self.vocab)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes needed, roughly. On a GPU they are those of what must fit: float64 copies of the head, its gradient and chunks. On
+        a CPU the widest row, eager PyTorch, adds seven float32 tensors of the response tokens' logits."""
+        exact = 4 * 8 * self.vocab * self.hidden + 8 * 2**28
+        return exact + (
+            0 if self.device != "cpu" else round(28 * (1 - self.padded) * self.batch * self.tokens * self.vocab)
+        )
 
 
 class HeadInputs(NamedTuple):

@@ -1,4 +1,13 @@
-"""FLOPs, bytes of memory traffic and peak memory of one call on one rank."""
+"""What the loss and its LM head cost: FLOPs, bytes of memory traffic and peak memory of one call on one rank. `network.py` has the
+bytes sent, `prediction.py` the times that follow. No time is measured.
+
+Symbols of the formulas: H hidden size, V vocabulary, M tokens of a call on a rank, R ranks of a group, s bytes of an element of
+logits, weight and hidden states. A rank of "tp" has V/tp of the vocabulary. Sizes are in elements, tokens, bytes, FLOPs (a
+multiply-add is 2) and seconds. Batches are taken as even: trajectories of one length, the same on every rank.
+
+Counts (`products`, `product_bytes`, `pass_bytes`, `memory`, `collectives`) are compared with what runs in tests/test_cost.py; rates
+and efficiencies are data sheets' and assumptions. `tables.py` writes the predictions into docs/scaling.md.
+"""
 
 from __future__ import annotations
 
