@@ -13,6 +13,10 @@ EssRule = Literal["relative", "absolute"]
 ClipSides = Literal["one", "two"]
 KLEstimator = Literal["k1", "k2", "k3"]
 LossAggMode = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
+Preset = Literal[
+    "pmpo", "grpo", "dr_grpo", "dapo", "bnpo", "gmpo", "hmpo", "gspo", "holder", "holder_token", "apmpo"
+]  # fmt: skip
+"""The constructors of `LossConfig`."""
 
 # `TrajectoryOptions.rule`: where a trajectory's p comes from.
 FIXED, RELATIVE, ABSOLUTE, TARGET = 0, 1, 2, 3
