@@ -14,6 +14,10 @@ EssRule = Literal["relative", "absolute"]
 ClipSides = Literal["one", "two"]
 KLEstimator = Literal["k1", "k2", "k3"]
 LossAggMode = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
+Preset = Literal[
+    "pmpo", "grpo", "dr_grpo", "dapo", "bnpo", "gmpo", "hmpo", "gspo", "holder", "holder_token", "apmpo"
+]  # fmt: skip
+"""The constructors of `LossConfig`."""
 
 TEMPERATURE_RANGE = "a number from 1e-30 to 1e30"
 POWER_LIMIT = 1e30  # beyond it p^2 and p log a overflow float64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Literal, get_args
 
 import torch
 
@@ -12,7 +13,8 @@ from pmpo_kernels.scalars import expect, is_one_of
 
 USABLE = "usable"
 INTERPRETER = "set TRITON_INTERPRET=1 to run the Triton kernels on CPU tensors under Triton's interpreter"
-IMPLS = ("triton", "cpp", "reference")
+Impl = Literal["triton", "cpp", "reference"]
+IMPLS: tuple[str, ...] = get_args(Impl)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 

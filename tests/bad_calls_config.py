@@ -9,21 +9,18 @@ from typing import Any, get_args
 from bad_calls import NOT_FLAGS, Call, Row, choice_rows, count_rows, number_rows, positive_rows
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.config import ClipMode, ClipSides, EssRule, KLEstimator, LossAggMode
+from pmpo_kernels.config import ClipMode, ClipSides, EssRule, KLEstimator, LossAggMode, Preset
 
+PRESETS: tuple[str, ...] = get_args(Preset)
+NUMBERS: dict[str, dict[str, Any]] = {  # what a preset must be given, or can be beside the options
+    "dr_grpo": {"max_length": 8}, "holder": {"power": 1.0}, "holder_token": {"power": 1.0}, "apmpo": {"power": 1.0, "eps_high": 0.2},
+}  # fmt: skip
 CALLS = {
     "LossConfig": Call(LossConfig, {}),
     "LossConfig, Dr. GRPO": Call(LossConfig, {"loss_agg_mode": "seq-mean-token-sum-norm", "max_length": 8}),
     "ratio_clip": Call(LossConfig.ratio_clip, {"eps_low": 0.2, "eps_high": 0.2}),
-    "dr_grpo": Call(LossConfig.dr_grpo, {"max_length": 8}),
-    "holder": Call(LossConfig.holder, {"power": 1.0}),
-    "holder_token": Call(LossConfig.holder_token, {"power": 1.0}),
-    "apmpo": Call(LossConfig.apmpo, {"power": 1.0, "eps_high": 0.2}),
-    **{
-        name: Call(getattr(LossConfig, name), {})
-        for name in ("pmpo", "grpo", "dapo", "bnpo", "gmpo", "hmpo", "gspo")
-    },
-}  # fmt: skip
+    **{name: Call(getattr(LossConfig, name), NUMBERS.get(name, {})) for name in PRESETS},
+}
 
 LENGTH = 'an int > 0 and below 2^63 with loss_agg_mode="seq-mean-token-sum-norm"'
 POWER = 'a finite number or "ess"'
@@ -84,12 +81,12 @@ def preset_rows() -> Iterator[Row]:
     yield from positive_rows("ratio_clip", "eps_high")
     yield from positive_rows("apmpo", "eps_high")
     yield from count_rows("dr_grpo", "max_length", LENGTH)
-    for call in ("holder", "holder_token", "apmpo"):
+    for call in (name for name, numbers in NUMBERS.items() if "power" in numbers):
         for value in (math.nan, math.inf, None, True, "p", 10**400):
             message = f"power: expected {POWER}, got …"
             yield Row(call, {"power": value}, ValueError, message)
         yield Row(call, {"power": 1e31}, ValueError, "power: expected a number from -1e30 to 1e30, got 1e+31")
-    for call in ("pmpo", "grpo", "dapo", "bnpo", "gmpo", "hmpo", "gspo", "holder", "holder_token", "apmpo", "dr_grpo"):
+    for call in PRESETS:
         yield Row(call, {"clip_low": math.inf}, ValueError, "clip_low: expected a finite number > 0, got inf")
         unexpected = "LossConfig.__init__() got an unexpected keyword argument 'p'"
         yield Row(call, {"p": 1.0}, TypeError, unexpected)

@@ -21,6 +21,7 @@ from bad_calls import (
 )
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.impls import IMPLS
 
 B, T, V, H = 2, 3, 5, 4
 PER_TOKEN, PACKED = torch.zeros(B, T), torch.zeros(4)
@@ -45,7 +46,6 @@ CALLS = {
     ),
 }  # fmt: skip
 
-IMPLS = ["triton", "cpp", "reference"]
 NO_TENSOR_OFFSETS = (ValueError, "expected a tensor of shape (B + 1,), got {}")
 
 

@@ -13,7 +13,7 @@ from bad_calls import GAP, Call, Row
 
 from pmpo_kernels import LossConfig
 from pmpo_kernels.contract import STATS
-from pmpo_kernels.ops import NAMES, stage
+from pmpo_kernels.ops import IMPLEMENTATIONS, NAMES, stage
 
 B, T, V = 2, 3, 5
 OPTIONS = list(LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False))
@@ -37,8 +37,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "scale_": {"gradient": torch.zeros(B, T), "factor": torch.ones(())},
 }
 GOOD["dlogits_"] = GOOD["dlogits"]
-IMPLS = {name: ["reference", "cpp", "triton"] for name in GOOD}
-IMPLS |= {"solve_power": ["reference", "cpp"], "scale_": ["reference", "triton"]}
+IMPLS = {name: [impl for impl, its in IMPLEMENTATIONS.items() if name in its.operators] for name in GOOD}
 
 
 def operator(name: str, impl: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import profiles
 from hypothesis import settings
 
 from pmpo_kernels import LossConfig
+from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.verification import configurations
 
 settings.load_profile("ci")
@@ -53,7 +54,7 @@ def device_of(impl: str) -> str:
     return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["reference", "triton", "cpp"])
+@pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest) -> str:
     """Every implementation that must agree with the float64 reference."""
     return str(request.param)

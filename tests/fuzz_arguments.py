@@ -174,6 +174,8 @@ def config(draw: Draw, **fixed: Any) -> dict[str, Any]:
             if draw.often()
             else {"clip_sides": r.choice(["one", "two"])}
         )
+    if k["kl_estimator"] != "k2" and not k["kl_bias_correction"]:
+        k["kl_straight_through"] = draw.often(0.2)
     if k["loss_agg_mode"] == "seq-mean-token-sum-norm":
         k["max_length"] = r.choice([1, 8, 2**62])
     return {

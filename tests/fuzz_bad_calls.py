@@ -37,6 +37,7 @@ from torch import Tensor
 import pmpo_kernels
 from pmpo_kernels import LossConfig, schedules
 from pmpo_kernels.distributed import denominator
+from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.scalars import shown
 
 MESSAGE = re.compile(
@@ -187,7 +188,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of all calls.")] = 0,
     calls: Annotated[int, typer.Option(help="How many.")] = 1000,
     first: Annotated[int, typer.Option(help="The number of the first.")] = 0,
-    impl: Annotated[list[str], typer.Option(help="Implementations, in turn.")] = ["reference", "cpp", "triton"],  # noqa: B006
+    impl: Annotated[list[str], typer.Option(help="Implementations, in turn.")] = list(IMPLS),  # noqa: B006
     hang: Annotated[float, typer.Option(help="Seconds a call may take, the first with all imports.")] = 120,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:

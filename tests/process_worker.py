@@ -23,12 +23,13 @@ from helpers import run, small_case
 from torch import Tensor
 
 from pmpo_kernels import PMPOOutput, api, autograd, cpp, solve_power, solver
+from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.linear import operator
 from pmpo_kernels.verification import configurations, make_case
 
 LIMIT = 100  # s; nothing here takes more than some ten
 CONFIG = configurations()["pmpo, all terms"]
-IMPLS = ["reference", "triton"] + ["cpp"] * (not cpp.problem)
+HERE = [impl for impl in IMPLS if impl != "cpp" or not cpp.problem]
 DELAYS = (0.0, 1e-3, 4e-3)  # s between the start of a stage and the signal: at its beginning, and somewhere in it
 
 Call = Callable[[], object]
@@ -89,12 +90,12 @@ def fork() -> None:
     torch.randn(1 << 20).exp()  # two threads from here on
     everything("reference")
     torch.set_num_threads(1)
-    in_child("fork", [impl for impl in IMPLS if device_of(impl) == "cpu"])  # CUDA cannot be used after a fork
+    in_child("fork", [impl for impl in HERE if device_of(impl) == "cpu"])  # CUDA cannot be used after a fork
 
 
 def spawn() -> None:
     torch.set_num_threads(1)
-    in_child("spawn", IMPLS)
+    in_child("spawn", HERE)
 
 
 # --- interrupts ------------------------------------------------------------------------------------------------------
@@ -205,8 +206,8 @@ def inplace(impl: str) -> None:
 SCENARIOS: dict[str, Callable[[], None]] = {
     "fork": fork,
     "spawn": spawn,
-    **{f"interrupts {impl}": (lambda impl=impl: interrupts(impl)) for impl in IMPLS},
-    **{f"inplace {impl}": (lambda impl=impl: inplace(impl)) for impl in IMPLS},
+    **{f"interrupts {impl}": (lambda impl=impl: interrupts(impl)) for impl in HERE},
+    **{f"inplace {impl}": (lambda impl=impl: inplace(impl)) for impl in HERE},
 }
 
 

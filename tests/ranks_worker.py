@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from pmpo_kernels import LossConfig, PMPOOutput, cost, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.distributed import ranks as ranks_module
+from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.linear.projection import Projection
 from pmpo_kernels.verification import configurations, make_case
 
@@ -142,8 +143,8 @@ def vocabulary_of_minus_infinity() -> None:
     ids = torch.where(case.mask & (torch.arange(8) == 3), start, case.token_ids)  # in that part: of probability 0
     assert target[case.mask].all()
     elsewhere = case._replace(token_ids=ids), mine._replace(token_ids=ids)
-    configs, impls = (LossConfig.grpo(), LossConfig.pmpo(entropy_coef=0.1)), ("reference", "cpp", "triton")
-    for (whole_case, its_part), config, impl in product(((case, mine), elsewhere), configs, impls):
+    configs = (LossConfig.grpo(), LossConfig.pmpo(entropy_coef=0.1))
+    for (whole_case, its_part), config, impl in product(((case, mine), elsewhere), configs, IMPLS):
         want, gradient = whole_case.loss(config, impl="reference")
         got, part = its_part.loss(config, group=dist.group.WORLD, impl=impl)
         assert want.loss.isfinite()
@@ -165,7 +166,7 @@ def vocabulary_options() -> None:
         same_result(got, want, V, dtype)
         close(part, vocabulary_part(gradient, -1, rank, sizes), terms, dtype)
 
-    for impl in ("reference", "triton", "cpp"):
+    for impl in IMPLS:
         compare(case, impl=impl)
     compare(case._replace(token_ids=case.token_ids.int()))
     compare(case._replace(logits=torch.cat([case.logits, case.logits[:, :1]], 1)))

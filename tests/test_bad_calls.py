@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pmpo_kernels
 from pmpo_kernels import LossConfig, distributed, pmpo_loss, schedules
+from pmpo_kernels.impls import IMPLS
 
 CALLS = {**bad_calls_loss.CALLS, **bad_calls_config.CALLS, **bad_calls_host.CALLS, **bad_calls_operators.CALLS}
 ROWS = [*bad_calls_loss.ROWS, *bad_calls_config.ROWS, *bad_calls_host.ROWS, *bad_calls_operators.ROWS]
@@ -38,7 +39,7 @@ def parameters(call: Callable[..., Any]) -> list[str]:
 @pytest.mark.parametrize(("call", "argument"), BY_ARGUMENT)
 def test_bad_calls(call: str, argument: str) -> None:
     takes_impl = "impl" in parameters(CALLS[call].function)
-    impls = ("reference", "cpp") if call.startswith("solve_power") else ("reference", "cpp", "triton")
+    impls = bad_calls_operators.IMPLS["solve_power"] if call.startswith("solve_power") else IMPLS
     found = []
     for row in BY_ARGUMENT[call, argument]:
         for options in ({"impl": impl} for impl in impls) if takes_impl else ({},):
@@ -66,7 +67,7 @@ def test_the_calls_that_are_changed_are_good(call: str) -> None:
     function(**good)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_kernels_that_run_are_noticed(impl: str) -> None:
     """What `problem` says of a call that is right."""
     with Finished() as finished:

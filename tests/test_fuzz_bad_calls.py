@@ -13,6 +13,7 @@ from fuzz_arguments import GOOD
 from fuzz_bad_calls import problem, supervise, worker_command
 
 from pmpo_kernels import solver
+from pmpo_kernels.impls import IMPLS
 
 LOGP = torch.zeros(2, 3)
 SOLVE = {"log_weights": LOGP, "target_ess": torch.ones(2), "impl": "reference"}
@@ -21,7 +22,7 @@ SOLVE = {"log_weights": LOGP, "target_ess": torch.ones(2), "impl": "reference"}
 def test_random_calls(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Good and bad ones of every function, by all implementations in turn."""
     progress = tmp_path / "call"
-    found = supervise(worker_command(20, 0, 700, ["reference", "cpp", "triton"], progress), progress, hang_s=120)
+    found = supervise(worker_command(20, 0, 700, list(IMPLS), progress), progress, hang_s=120)
     told = capfd.readouterr().out
     assert found is None, f"{found}\n{told}"
     counts = json.loads(told.splitlines()[-1])

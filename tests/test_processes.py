@@ -19,6 +19,7 @@ from processes import run_ranks
 from torch import Tensor
 
 from pmpo_kernels import cpp, pmpo_loss, solve_power
+from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.verification import configurations, make_case
 
 CONFIGS = configurations()
@@ -28,7 +29,7 @@ INTERPRETER = (
     "Triton's interpreter keeps the running program's index, and the functions that it puts into triton.language for the time "
     "of a launch, once a process: not for several threads"
 )
-here = pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+here = pytest.mark.parametrize("impl", IMPLS)
 
 
 def skip_where_it_cannot(impl: str) -> None:

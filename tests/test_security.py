@@ -146,9 +146,10 @@ import torch
 phase = "import"
 import public_calls, pmpo_kernels
 from pmpo_kernels import pmpo_loss, token_logp, solve_power, linear_pmpo_loss
+from pmpo_kernels.impls import IMPLS
 phase = "public calls"
 public_calls.main()
-for impl in ("cpp", "reference", "triton"):
+for impl in IMPLS:
     if impl == "cpp" and not pmpo_kernels.available_impls()["cpp"].startswith("usable"):
         continue
     phase = impl

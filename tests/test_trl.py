@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
+import inspect
 import math
 import os
 import re
@@ -11,15 +13,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pmpo_kernels
-from pmpo_kernels import pmpo_loss
+from pmpo_kernels import LossConfig, pmpo_loss
+from pmpo_kernels.config import Preset
 from pmpo_kernels.schedules import apmpo_clip, apmpo_power, holder_power
 
 pytest.importorskip("trl", reason="TRL is not installed; `make peers` tests with it")
@@ -48,6 +52,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from pmpo_kernels.integrations.trl import PMPOConfig, PMPOTrainer
 from pmpo_kernels.integrations.trl import trainer as trainer_module
+from pmpo_kernels.integrations.trl.config import APMPO_CLIP, APMPO_POWER, HOLDER, NO_CHOICE
 from pmpo_kernels.integrations.trl.loss_head import Scoring, check_logits
 
 CHARACTERS = "0123456789+= "
@@ -56,7 +61,7 @@ V, B, P, T = len(VOCABULARY), 8, 4, 12  # words, completions, tokens of a prompt
 LENGTHS = (12, 0, 1, 7, 9, 12, 5, 8)  # padding, an empty completion, one of one token
 ADVANTAGES = (1.2, 0.8, -0.6, -1.4, 0.9, 0.0, -0.7, 2.0)
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-PRESETS = ("pmpo", "grpo", "dr_grpo", "dapo", "bnpo", "gmpo", "hmpo", "gspo", "holder", "holder_token", "apmpo")
+PRESETS = get_args(Preset)
 
 
 @pytest.fixture(autouse=True)
@@ -665,6 +670,33 @@ def test_options_reach_the_loss(tmp_path: Path) -> None:
         PMPOConfig(**options(tmp_path, ess_rule="absolute", ess_floor=x)).loss_config().ess_floor for x in (0.2, 0.7)
     ]
     assert floors == [0.2, 0.7]
+
+
+def test_every_option_of_the_loss_is_offered() -> None:
+    """By its name; or by another of TRL's; or, the last three, not."""
+    named_by_trl = {"max_length", "dual_clip", "kl_bias_correction"}
+    not_offered = {"clip", "clip_sides", "kl_straight_through"}
+    named = {option.name for option in fields(PMPOConfig)}
+    assert {option.name for option in fields(LossConfig)} - named == named_by_trl | not_offered
+
+
+def test_the_page_has_every_option_and_its_default() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "trl.md").read_text()
+    rows = re.findall(r"^\| (`\w+`.*?) \| (.*?) \|(.*)\|$", page.partition("## Options")[2].partition("\n## ")[0], re.M)
+    own = set(PMPOConfig.__annotations__) - set(NO_CHOICE)
+    assert own - set(re.findall(r"`(\w+)`", str(rows))) == set()
+    defaults = {option.name: option.default for option in fields(PMPOConfig)}
+    for function, options_of_it in ((holder_power, HOLDER), (apmpo_power, APMPO_POWER), (apmpo_clip, APMPO_CLIP)):
+        arguments = inspect.signature(function).parameters
+        defaults |= {name: arguments[argument].default for name, argument in options_of_it.items()}
+    told = {}
+    for names, values, _ in rows:
+        pairs = re.findall(r"`(\w+)`", names), values.split(", ")
+        told |= dict(zip(*pairs, strict=True)) if len(pairs[0]) == len(pairs[1]) else {}
+    assert len(told) > 12
+    for name, value in told.items():
+        words = ("preset's", "chosen", "fastest")
+        assert (None if value in words else ast.literal_eval(value.strip("`"))) == defaults[name], name
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -189,6 +189,25 @@ def test_a_loss_of_ones_own(registry: None) -> None:
     assert changed != expected
 
 
+def test_the_page_has_every_option_and_what_each_loss_makes_of_it() -> None:
+    section = (ROOT / "docs" / "verl.md").read_text().partition("## Options")[2].partition("\n\n**")[0]
+    header, _, *rows = (
+        [cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|.*$", section, re.M)
+    )
+    options = [re.findall(r"`(\w+)`", row[0]) for row in rows]
+    assert header[1:] == list(NAMES)
+    assert sorted(name for names in options for name in names) == sorted(ours.OPTIONS)
+    for loss, *cells in list(zip(header, *rows, strict=True))[1:]:
+        config = ours._losses[loss](**({"power": 2.0} if loss == "holder" else {}))
+        for names, cell in zip(options, cells, strict=True):
+            values = re.sub(r" \(.*?\)", "", cell).split(", ")
+            if names == ["impl"] or values in ([""], ["must be given"]):
+                continue
+            for name, told in zip(names, values, strict=True):
+                value = getattr(config, name)
+                assert told.strip('"') == (f"{value:.4g}" if isinstance(value, float) else str(value).lower()), name
+
+
 def test_the_lines_of_the_documentation_register_a_loss(registry: None) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "verl.md").read_text(), re.S)
     exec(compile(block, "docs/verl.md", "exec"), {})

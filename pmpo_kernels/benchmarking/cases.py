@@ -16,12 +16,13 @@ class Dtype(str, Enum):
 
 
 class Preset(str, Enum):
-    """`LossConfig` constructors that need no further number."""
+    """The constructors of `LossConfig` that need no p; `max_length` is the tokens of the case."""
 
     pmpo = "pmpo"
     grpo = "grpo"
     dr_grpo = "dr_grpo"
     dapo = "dapo"
+    bnpo = "bnpo"
     gmpo = "gmpo"
     hmpo = "hmpo"
     gspo = "gspo"

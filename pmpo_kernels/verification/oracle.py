@@ -7,7 +7,7 @@ any softmax part. Each row is therefore compared in three parts: target column, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from pmpo_kernels import reference
 from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.api import pmpo_loss
 from pmpo_kernels.batch import Batch
-from pmpo_kernels.config import LossConfig
+from pmpo_kernels.config import LossConfig, Preset
 from pmpo_kernels.contract import NEWTON_TOLERANCE, STATS, compute_dtype
 
 
@@ -232,17 +232,16 @@ def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) 
 
 def configurations() -> dict[str, LossConfig]:
     """The presets, and configurations that reach what no preset does: p between its ends by either ESS rule, every further term."""
+    numbers: dict[str, dict[str, Any]] = {
+        "dr_grpo": {"max_length": 16},
+        "holder": {"power": 2.0},
+        "holder_token": {"power": -2.0},
+        "apmpo": {"power": 0.5, "eps_high": 0.3},
+    }
+    presets = {name: getattr(LossConfig, name)(**numbers.get(name, {})) for name in get_args(Preset)}
     terms = {"beta": 0.1, "entropy_coef": 0.01, "temperature": 0.7, "dual_clip": 2.0}
     return {
-        "grpo": LossConfig.grpo(),
-        "dr_grpo": LossConfig.dr_grpo(max_length=16),
-        "dapo": LossConfig.dapo(),
-        "gmpo": LossConfig.gmpo(),
-        "hmpo": LossConfig.hmpo(),
-        "gspo": LossConfig.gspo(),
-        "holder": LossConfig.holder(2.0),
-        "holder_token": LossConfig.holder_token(-2.0),
-        "pmpo": LossConfig.pmpo(),
+        **presets,
         "pmpo, severity in between": LossConfig.pmpo(full_clip_fraction=0.5, ess_sharpness=0.7),
         "pmpo, absolute rule": LossConfig.pmpo(ess_rule="absolute", ess_floor=0.98),
         "pmpo, all terms": LossConfig.pmpo(**terms),

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from trl import GRPOConfig
 
 from pmpo_kernels import checks
-from pmpo_kernels.config import LossConfig
-from pmpo_kernels.schedules import apmpo_clip, apmpo_power, holder_power
+from pmpo_kernels.config import EssRule, KLEstimator, LossAggMode, LossConfig, Preset
+from pmpo_kernels.impls import Impl
+from pmpo_kernels.schedules import Shape, apmpo_clip, apmpo_power, holder_power
 
-Preset = Literal[
-    "pmpo", "grpo", "dr_grpo", "dapo", "bnpo", "gmpo", "hmpo", "gspo", "holder", "holder_token", "apmpo"
-]  # fmt: skip
-Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
-Schedule = Literal["linear", "square", "cube", "sine"]
 SCHEDULED = ("holder", "holder_token")
-HOLDER = {"power_start": 2.0, "power_end": -2.0, "power_schedule": "linear"}
-APMPO = {"apmpo_gamma": 0.8, "apmpo_eps_min": 0.2, "apmpo_eps_max": 0.4}
+# Options of presets, and the arguments of the functions of `schedules` that they are given as.
+HOLDER = {"power_start": "start", "power_end": "end", "power_schedule": "shape"}
+APMPO_POWER = {"apmpo_gamma": "gamma"}
+APMPO_CLIP = {"apmpo_eps_min": "eps_min", "apmpo_eps_max": "eps_max"}
 SOLVED = ("power_min", "power_max", "ess_rule", "full_clip_fraction", "ess_sharpness", "ess_floor")
 UNREAD_FAMILIES = ("sapo_", "vespo_", "entropy_target", "entropy_coef_")  # options of TRL's other losses
 NO_CHOICE = {  # TRL's choices of a loss, which `preset` makes instead: the only value that changes nothing
@@ -50,9 +48,9 @@ class PMPOConfig(GRPOConfig):
 
     preset: Preset = _option(
         "pmpo",
-        "Loss of the power-mean family: 'pmpo' (p per trajectory, solved from its clipped fraction), 'grpo', 'dr_grpo', "
-        "'dapo', 'bnpo' (p = 1), 'gmpo' (p = 0), 'hmpo' (p = -1), 'gspo' (p = 0, the sequence's ratio clipped), 'holder', "
-        "'holder_token' (p on a schedule over training), 'apmpo' (p and clip from the batch's rewards).",
+        "Loss of the power-mean family, a constructor of LossConfig: 'pmpo' solves p per trajectory from its clipped fraction, "
+        "'holder' and 'holder_token' have p on a schedule over training, 'apmpo' p and clip from the batch's rewards, the others "
+        "a fixed p.",
     )
     power: float | None = _option(
         None, "Exponent p of the power mean for every trajectory, instead of the preset's rule or schedule."
@@ -63,7 +61,7 @@ class PMPOConfig(GRPOConfig):
     power_end: float | None = _option(
         None, "p at the last step of the presets 'holder' and 'holder_token'; default -2."
     )
-    power_schedule: Schedule | None = _option(
+    power_schedule: Shape | None = _option(
         None, "Shape of p between the two, along the optimizer steps: 'linear' (default), 'square', 'cube' or 'sine'."
     )
     apmpo_gamma: float | None = _option(
@@ -77,7 +75,7 @@ class PMPOConfig(GRPOConfig):
     )
     power_min: float | None = _option(None, "Preset 'pmpo': lower end of the solved p; default 0.")
     power_max: float | None = _option(None, "Preset 'pmpo': upper end of the solved p, without clipping; default 1.")
-    ess_rule: Literal["relative", "absolute"] | None = _option(
+    ess_rule: EssRule | None = _option(
         None, "Preset 'pmpo': how a trajectory's clipped fraction sets its effective sample size; default 'relative'."
     )
     full_clip_fraction: float | None = _option(
@@ -93,12 +91,12 @@ class PMPOConfig(GRPOConfig):
     epsilon_high: float | None = _option(None, "Ratios are clipped from above at 1 + epsilon_high.")
     clip_low: float | None = _option(None, "Lower clip in log space, log-ratio >= -clip_low; instead of epsilon.")
     clip_high: float | None = _option(None, "Upper clip in log space, log-ratio <= clip_high; instead of epsilon_high.")
-    loss_agg_mode: Aggregation | None = _option(
+    loss_agg_mode: LossAggMode | None = _option(
         None,
         "How trajectories are averaged: 'seq-mean-token-mean' (alike), 'token-mean' (by length), 'seq-mean-token-sum-norm' "
         "(by length over max_completion_length).",
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = _option(
+    kl_estimator: KLEstimator = _option(
         "k3", "Estimator of the KL divergence to the reference model, weighted by beta."
     )
     entropy_coef: float = _option(
@@ -115,9 +113,7 @@ class PMPOConfig(GRPOConfig):
         "With fused_head, completions whose advantage is 0 are not projected when nothing of them has a gradient; the "
         "logged entropy and ratios are then those of the others.",
     )
-    impl: Literal["triton", "cpp", "reference"] | None = _option(
-        None, "Implementation of the loss; None: the fastest for the device."
-    )
+    impl: Impl | None = _option(None, "Implementation of the loss; None: the fastest for the device.")
     loss_type: str | None = _option(None, "Not used: preset chooses the loss.")
     importance_sampling_level: str = _option("token", "Not used: preset chooses the loss.")
     use_adaptive_entropy: bool = _option(False, "Not supported: entropy_coef is constant.")
@@ -132,8 +128,8 @@ class PMPOConfig(GRPOConfig):
             self.preset in SCHEDULED and not constant, HOLDER, "preset 'holder' or 'holder_token' without power"
         )
         self._unread(self.preset == "pmpo" and not constant, SOLVED, "preset 'pmpo' without power")
-        self._unread(self.preset == "apmpo" and not constant, ("apmpo_gamma",), "preset 'apmpo' without power")
-        self._unread(self.preset == "apmpo", APMPO, "preset 'apmpo'")
+        self._unread(self.preset == "apmpo" and not constant, APMPO_POWER, "preset 'apmpo' without power")
+        self._unread(self.preset == "apmpo", APMPO_CLIP, "preset 'apmpo'")
         self._unread(
             self.preset != "apmpo", ("epsilon_high", "clip_high"), "a preset other than 'apmpo', whose clip is solved"
         )
@@ -146,11 +142,11 @@ class PMPOConfig(GRPOConfig):
             "epsilon_high", self.epsilon_high is None or 0 < self.epsilon_high < math.inf, "None or a finite number > 0"
         )
         self._expect("delta", self.delta is None or self.delta < math.inf, "None or a finite ratio")
-        shapes = get_args(Schedule)
+        shapes = get_args(Shape)
         self._expect("power_schedule", self.power_schedule in (None, *shapes), f"one of {list(shapes)}")
         for check, names in (
             (checks.check_finite, ("power_start", "power_end")),
-            (checks.check_number, APMPO),
+            (checks.check_number, (*APMPO_POWER, *APMPO_CLIP)),
             (checks.check_count, ("max_chunk_tokens",)),
         ):
             for name in names:
@@ -185,8 +181,11 @@ class PMPOConfig(GRPOConfig):
         for name in names:
             self._expect(name, read or getattr(self, name) is None, f"None, because only {reader} reads it")
 
-    def _given(self, defaults: dict[str, Any]) -> dict[str, Any]:
-        return {name: value if getattr(self, name) is None else getattr(self, name) for name, value in defaults.items()}
+    def _given(self, arguments: dict[str, str]) -> dict[str, Any]:
+        """The options that are not None, as arguments."""
+        return {
+            argument: getattr(self, name) for name, argument in arguments.items() if getattr(self, name) is not None
+        }
 
     def loss_config(self, **options: Any) -> LossConfig:
         """Return the loss as `pmpo_kernels` takes it, with these options in place of the configuration's own."""
@@ -220,13 +219,11 @@ class PMPOConfig(GRPOConfig):
         """Return p where `progress` (in [0, 1]) of the training is done, for the presets with a schedule; None for the others."""
         if self.preset not in SCHEDULED or self.power is not None:
             return None
-        start, end, shape = self._given(HOLDER).values()
-        return holder_power(progress, start=start, end=end, shape=shape)
+        return holder_power(progress, **self._given(HOLDER))
 
     def reward_rule(self, rewards: Tensor) -> LossConfig | None:
         """Return the loss of a step with these rewards (B,), of all ranks, for the preset that depends on them; else None."""
         if self.preset != "apmpo":
             return None
-        gamma, low, high = self._given(APMPO).values()
-        power = apmpo_power(rewards, gamma=gamma) if self.power is None else self.power
-        return self.loss_config(power=power, eps_high=apmpo_clip(rewards, eps_min=low, eps_max=high))
+        power = apmpo_power(rewards, **self._given(APMPO_POWER)) if self.power is None else self.power
+        return self.loss_config(power=power, eps_high=apmpo_clip(rewards, **self._given(APMPO_CLIP)))
