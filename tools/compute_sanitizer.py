@@ -1,4 +1,4 @@
-"""Small forward and backward passes of the Triton kernels, for `compute-sanitizer python benchmarks/sanitize.py`.
+"""Small forward and backward passes of the Triton kernels, for `compute-sanitizer python tools/compute_sanitizer.py`.
 
 Lengths and vocabularies that are no multiple of a block, rows that begin anywhere, rows shared by several programs and not,
 so that every tail, edge and mask is exercised; then every optional input and further way into the kernels.
