@@ -13,7 +13,7 @@ TORCH = (2, 10)  # the first with the stable ABI used here; the binary runs on e
 PYTHON = (3, 10)
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none
 ROOT = Path(__file__).parent
-# Names for -fsanitize=, such as "address,undefined": tests/sanitizers.py says what is built and how it runs.
+# Names for -fsanitize=, such as "address,undefined": tools/sanitizers.py says what is built and how it runs.
 SANITIZE = os.environ.get("PMPO_KERNELS_SANITIZE", "")
 
 

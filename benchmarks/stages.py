@@ -4,7 +4,7 @@ python benchmarks/stages.py --out benchmarks/results/<machine>
 
 On a GPU, or with --impl triton: the Triton kernels beside a copy of the logits, PMPO with p solved, trajectories of 4,096 and
 of 32,768 tokens (`stages_triton.py`); writes stages-triton.json and .png. Else the C++ kernels: bytes moved, and arithmetic on
-data in the cache; writes stages.json and .png, which `benchmarks/readme_table.py` puts into docs/performance_cpu.md.
+data in the cache; writes stages.json and .png, which `tools/readme_table.py` puts into docs/performance_cpu.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small forward and backward passes of the Triton kernels, for `compute-sanitizer python benchmarks/sanitize.py`.
+"""Small forward and backward passes of the Triton kernels, for `compute-sanitizer python tools/compute_sanitizer.py`.
 
 Lengths and vocabularies are no multiples of a block, rows begin anywhere and are shared by several programs or not, so that every
 tail, edge and mask is exercised. Then come every optional input and further way into the kernels.

@@ -1,18 +1,21 @@
 """Write the figures into README.md and docs/ (fused_head, performance, performance_cpu) from the files of benchmarks/results/, and
 the targets of targets.py into PENDING.md.
 
-python benchmarks/readme_table.py          renews the blocks between the markers
-python benchmarks/readme_table.py --check  exits 1 if a block does not say what the files say
+python tools/readme_table.py          renews the blocks between the markers
+python tools/readme_table.py --check  exits 1 if a block does not say what the files say
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from roofline import H200, Prediction, predict, trajectory_chain
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from targets import OURS, PRODUCTS, find, listed, quotient, ratio
 
 ROOT = Path(__file__).parent.parent
@@ -355,7 +358,7 @@ def main(check: Annotated[bool, typer.Option(help="Only compare.")] = False) -> 
         renewed = text[: text.index(start)] + block + text[text.index(end) + len(end) :]
         if check and renewed != text:
             name = path.relative_to(ROOT)
-            typer.echo(f"{name}: differs from benchmarks/results/; run python benchmarks/readme_table.py", err=True)
+            typer.echo(f"{name}: differs from benchmarks/results/; run python tools/readme_table.py", err=True)
             raise typer.Exit(1)
         path.write_text(renewed)
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from soak_steps import FIRST, bits, run_step
+from loss_steps import FIRST, bits, run_step
 from torch import Tensor
 
 TENSORS, OBJECTS, BLOCKS, CACHED = "tensors", "objects", "Python's blocks", "cached results"

@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and look at its binaries.
 
-python benchmarks/binaries.py sm_90            JSON lines, one a binary: registers, spills, widths, the loop over the vocabulary
-python benchmarks/binaries.py --out FOLDER     the same for every architecture, as binaries-<version of triton>.json
+python tools/binaries.py sm_90            JSON lines, one a binary: registers, spills, widths, the loop over the vocabulary
+python tools/binaries.py --out FOLDER     the same for every architecture, as binaries-<version of triton>.json
 make binaries                                  that for two versions; docs/performance.md is made from them
 
 It is a program of its own, because kernels that were imported under the interpreter cannot be compiled.
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ import triton
 import typer
 from rich.console import Console
 from rich.progress import track
-from sweep import STAGES, steps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from under_way import WIDTH, is_load, size_of, under_way
@@ -46,6 +46,9 @@ from pmpo_kernels.triton.launch import (
     VocabLaunch,
     launch_config,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from sweep import STAGES, steps
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

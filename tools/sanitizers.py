@@ -1,6 +1,6 @@
 """The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: build them, run tests with them.
 
-    python tests/sanitizers.py [arguments of pytest]
+    python tools/sanitizers.py [arguments of pytest]
 
 builds out/sanitize/lib, a copy of the package beside the normal one, and runs the tests that use C++ with it. CONTRIBUTING.md says
 what is watched.

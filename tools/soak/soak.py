@@ -1,10 +1,10 @@
 """Run many loss steps of changing shapes, dtypes and options, forward and backward, and see whether memory stays flat, nothing is
 compiled again, and the bits stay the same.
 
-python benchmarks/soak.py --out benchmarks/results/soak/cpp.json
+python tools/soak/soak.py --out benchmarks/results/soak/cpp.json
 
 Writes the JSON file and a picture beside it; exits 1 if something grew or changed. What is watched, and by how much it may grow, is
-`ALLOWED` and `Soaked.growth` in soak_run.py.
+`ALLOWED` and `Soaked.growth` in growth.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from growth import ALLOWED, WITHOUT_CACHES, Soaked, soak_in_fresh_process
+from loss_steps import FIRST
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from soak_run import ALLOWED, WITHOUT_CACHES, Soaked, soak_in_fresh_process
-from soak_steps import FIRST
 
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.report import wide_console

@@ -1,8 +1,8 @@
 """Random bad arguments to the public functions of each implementation. As a program:
 
-    TRITON_INTERPRET=1 python tests/fuzz_bad_calls.py --seed 1 --calls 20000 --impl cpp
+    TRITON_INTERPRET=1 python tools/fuzz/fuzz.py --seed 1 --calls 20000 --impl cpp
 
-A call that is wrong by the documentation (fuzz_oracle.py) must raise TypeError or ValueError, name the argument, and run no
+A call that is wrong by the documentation (call_oracle.py) must raise TypeError or ValueError, name the argument, and run no
 kernel; one that is right must return, and its backward pass too. The calls are made in a process of its own: if that dies or
 hangs, the number of the call is told, which `--first` makes alone.
 """
@@ -29,9 +29,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 import typer
-from bad_calls import Finished
-from fuzz_arguments import GOOD, Draw
-from fuzz_oracle import judge
+from call_arguments import GOOD, Draw
+from call_oracle import judge
 from torch import Tensor
 
 import pmpo_kernels
@@ -39,6 +38,9 @@ from pmpo_kernels import LossConfig, schedules
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.scalars import shown
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+from bad_calls import Finished
 
 MESSAGE = re.compile(
     r"[\w./ -]+: (expected .+|\"ess\" needs .+), got .+|.*(unexpected keyword|missing .* required|impl=).*", re.S

@@ -1,4 +1,6 @@
-"""The public names and their signatures, read from the sources: `python tests/public_api.py > tests/public_api.txt` renews the snapshot.
+"""The public names and their signatures, read from the sources.
+
+python tools/public_api.py > tests/public_api.txt  renews the snapshot
 
 Sources, not imports, so that the integrations need no trainer and the text is the same on every Python.
 """
@@ -13,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 # A module with `__all__` has the names in it, another one its functions and classes without an underscore, and what it passes on.
 MODULES = [
     "pmpo_kernels", "pmpo_kernels.schedules", "pmpo_kernels.reference", "pmpo_kernels.solver", "pmpo_kernels.distributed",
-    "pmpo_kernels.verification", "pmpo_kernels.verification.peers", "pmpo_kernels.integrations.trl", "pmpo_kernels.integrations.verl",
+    "pmpo_kernels.verification", "pmpo_kernels.verification.peers", "pmpo_kernels.integrations.trl",
+    "pmpo_kernels.integrations.verl",
 ]  # fmt: skip
 COMMANDS = ["info", "verify", "bench"]
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign

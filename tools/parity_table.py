@@ -1,6 +1,6 @@
 """Write the table of docs/parity.md from a comparison with the installed packages. Exits 1 if one disagrees.
 
-PYTHONPATH=. TRITON_INTERPRET=1 .venv-peers/bin/python benchmarks/parity_table.py
+PYTHONPATH=. TRITON_INTERPRET=1 .venv-peers/bin/python tools/parity_table.py
 """
 
 from __future__ import annotations
