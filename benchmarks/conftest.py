@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from pmpo_kernels.benchmarking.accuracy import Exact, exact
-from pmpo_kernels.benchmarking.cases import Case, Dtype
+from pmpo_kernels.benchmarking.cases import Case, Dtype, build_inputs
 from pmpo_kernels.benchmarking.comparison import Row, check
-from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.measure import Bench
 from pmpo_kernels.benchmarking.variants import LossFunction, Variant, variants
 

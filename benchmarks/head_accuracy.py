@@ -10,7 +10,7 @@ from head_inputs import HeadInputs, accumulation, exact_logits, logp_error
 from torch import Tensor
 
 from pmpo_kernels.aggregate import default_denominator, total_loss
-from pmpo_kernels.benchmarking.inputs import chunks, flat_trajectory
+from pmpo_kernels.benchmarking.cases import chunks, flat_trajectory
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.contract import STATS
 

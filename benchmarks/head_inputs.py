@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.inputs import MARGIN, chunks, flat_trajectory, log_ratios, trajectories
+from pmpo_kernels.benchmarking.cases import MARGIN, Case, chunks, flat_trajectory, log_ratios, trajectories
 from pmpo_kernels.benchmarking.measure import Steps
 from pmpo_kernels.contract import STATS
 

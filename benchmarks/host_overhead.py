@@ -9,9 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pmpo_kernels.benchmarking.cases import Case
+from pmpo_kernels.benchmarking.cases import Case, build_inputs
 from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Spread
-from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.measure import Bench
 from pmpo_kernels.benchmarking.variants import COMPILED, Variant
 

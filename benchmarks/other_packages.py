@@ -12,8 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.benchmarking.cases import Case, Preset
-from pmpo_kernels.benchmarking.inputs import Inputs
+from pmpo_kernels.benchmarking.cases import Case, Inputs, Preset
 from pmpo_kernels.benchmarking.machine import installed
 from pmpo_kernels.benchmarking.variants import INTERPRETED, PEER, LossFunction, Variant
 from pmpo_kernels.impls import INTERPRETER, TRITON_INSTALLED, interpreted

@@ -56,7 +56,7 @@ def run_case(case: Case, repeats: int, left_out: str | None, memory: bool, out: 
     def save(comparison: Comparison) -> None:
         write_json(content(report_of(comparison, {}), complete=False), json_path)
 
-    comparison = measure(case, chosen, repeats, [setting], console, memory, save, stage_calls)
+    comparison = measure(case, chosen, repeats, [setting], console, memory=memory, save=save, stages=stage_calls)
     right = [v for v, row in zip(chosen, comparison.rows, strict=True) if not row.problem]
     report = report_of(comparison, host_overhead(case, right, repeats))
     write_json(content(report), json_path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pmpo_kernels.batch import Batch
-from pmpo_kernels.benchmarking.inputs import Inputs
+from pmpo_kernels.benchmarking.cases import Inputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.ops import stage
 

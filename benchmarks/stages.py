@@ -33,9 +33,8 @@ from suites import TINY_SCALE, rehearsal, solved
 from pmpo_kernels import LossConfig, pmpo_loss
 from pmpo_kernels.batch import Batch
 from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
-from pmpo_kernels.benchmarking.cases import Case, Dtype
+from pmpo_kernels.benchmarking.cases import Case, Dtype, build_inputs
 from pmpo_kernels.benchmarking.comparison import Spread
-from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.report import files_problem, wide_console, write_json
 from pmpo_kernels.impls import USABLE, available_impls

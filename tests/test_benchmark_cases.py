@@ -10,8 +10,7 @@ import traffic
 from suites import MODELS, Suite, choose, suite
 from torch import Tensor
 
-from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
-from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs, flat_trajectory
+from pmpo_kernels.benchmarking.cases import Case, Dtype, Inputs, Preset, build_inputs, flat_trajectory
 from pmpo_kernels.contract import STATS
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.benchmarking import inputs
+from pmpo_kernels.benchmarking import cases
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Timing
@@ -73,7 +73,7 @@ def test_the_logits_look_like_a_models() -> None:
 def test_the_chunked_gradients_are_autograds(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(SMALL, preset=preset, zero_advantage=0.25)
     i, config = build_head_inputs(case), case.config
-    monkeypatch.setattr(inputs, "CHUNK_ELEMENTS", 7 * case.vocab)
+    monkeypatch.setattr(cases, "CHUNK_ELEMENTS", 7 * case.vocab)
     exact = head_accuracy.exact(i, config)
     loss, dhidden, dweight = autograd(i, config)
     assert exact.loss == pytest.approx(float(loss), rel=1e-12)

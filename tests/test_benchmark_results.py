@@ -24,9 +24,8 @@ from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig
 from pmpo_kernels.benchmarking import comparison, measure
-from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
+from pmpo_kernels.benchmarking.cases import Case, Dtype, Inputs, Preset, build_inputs
 from pmpo_kernels.benchmarking.comparison import Comparison, compare
-from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.report import wide_console
 from pmpo_kernels.benchmarking.variants import EAGER, LossFunction, Variant, build_eager
 

@@ -22,10 +22,9 @@ from traffic import model_bytes
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig, verification
-from pmpo_kernels.benchmarking import accuracy, inputs, measure
-from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
+from pmpo_kernels.benchmarking import accuracy, cases, measure
+from pmpo_kernels.benchmarking.cases import Case, Dtype, Inputs, Preset, build_inputs
 from pmpo_kernels.benchmarking.comparison import Comparison, Spread, compare, steps
-from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, rotating
 from pmpo_kernels.benchmarking.report import Report, write_json
 from pmpo_kernels.benchmarking.variants import (
@@ -81,7 +80,7 @@ def test_the_chunked_check_is_the_oracles(preset: Preset, dtype: Dtype, monkeypa
     case = replace(SMALL, preset=preset, dtype=dtype)
     i, config = build_inputs(case), case.config
     want = oracle_of(i, config)
-    monkeypatch.setattr(inputs, "CHUNK_ELEMENTS", 7 * case.vocab)  # 96 rows in 13 full chunks and one of 5
+    monkeypatch.setattr(cases, "CHUNK_ELEMENTS", 7 * case.vocab)  # 96 rows in 13 full chunks and one of 5
     exact = accuracy.exact(i, config)
     assert exact.loss == pytest.approx(float(want.loss), rel=1e-12)
     assert exact.loss_scale == pytest.approx(want.loss_scale, rel=1e-12)

@@ -288,7 +288,7 @@ def test_an_extra_resolves(extra: str, pure_wheel: Path, environment: Path, tmp_
 def test_the_wheel_with_its_requirements_installs_and_works(
     compiled_wheel: Path, environment: Path, tmp_path: Path
 ) -> None:
-    run(environment, "-m", "pip", "install", TORCH, compiled_wheel, cwd=tmp_path)
+    run(environment, "-m", "pip", "install", TORCH, f"{compiled_wheel}[cli]", cwd=tmp_path)
     shutil.copy(ROOT / "tests" / "public_calls.py", tmp_path)
     run(environment, "public_calls.py", cwd=tmp_path)
     told = " ".join(run(environment.parent / "pmpo-kernels", "info", cwd=tmp_path).split())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pmpo_kernels import reference
 from pmpo_kernels.aggregate import default_denominator, total_loss
-from pmpo_kernels.benchmarking.inputs import Inputs, chunks, flat_trajectory
+from pmpo_kernels.benchmarking.cases import Inputs, chunks, flat_trajectory
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.contract import STATS
 from pmpo_kernels.verification import Oracle, ThreePartError, error_bound, three_part_error

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pmpo_kernels.benchmarking import accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, using
-from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
+from pmpo_kernels.benchmarking.cases import Case, Inputs, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps, Times, lap, rotating
 from pmpo_kernels.benchmarking.memory import peak_memory
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER, LossFunction, Variant

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.benchmarking.allocator import page_faults
-from pmpo_kernels.benchmarking.inputs import Inputs
+from pmpo_kernels.benchmarking.cases import Inputs
 
 FLUSH_FACTOR = 4  # so many times the size of the second-level cache is read to empty it
 LEAD_CYCLES = 10_000_000  # about 5 ms in which the host queues the kernels of a region

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.benchmarking.allocator import map_every_large_tensor
-from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.inputs import build_inputs
+from pmpo_kernels.benchmarking.cases import Case, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps
 from pmpo_kernels.benchmarking.variants import LossFunction, Variant
 from pmpo_kernels.memory import available_memory

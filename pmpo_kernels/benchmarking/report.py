@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread, StageCalls, compare, steps
+from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread, compare, steps
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import TIME_METHOD
 from pmpo_kernels.benchmarking.memory import MEMORY_METHOD
@@ -33,24 +32,17 @@ def wide_console() -> Console:
 
 
 def measure(
-    case: Case,
-    chosen: list[Variant],
-    repeats: int,
-    settings: list[Allocator],
-    console: Console,
-    memory: bool = True,
-    save: Callable[[Comparison], None] | None = None,
-    stages: StageCalls | None = None,
+    case: Case, chosen: list[Variant], repeats: int, settings: list[Allocator], console: Console, **options: Any
 ) -> Comparison:
-    """Run `comparison.compare` with a progress bar."""
+    """Call `compare` with a progress bar. `options` are `memory`, `save` and `stages`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, save is not None))
+        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, bool(options.get("save"))))
 
         def advance(what: str) -> None:
             progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
 
-        return compare(case, chosen, repeats, advance, settings, memory, save, stages)
+        return compare(case, chosen, repeats, advance, settings, **options)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.api import pmpo_loss
-from pmpo_kernels.benchmarking.inputs import Inputs
+from pmpo_kernels.benchmarking.cases import Inputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import IMPLS, USABLE, available_impls, interpreted
 from pmpo_kernels.verification.baseline import eager_pmpo_loss

@@ -15,19 +15,9 @@ from pmpo_kernels.verification.oracle import (
     three_part_error,
     tolerance,
     verify,
-)
+)  # fmt: skip
 
 __all__ = [
-    "Case",
-    "Oracle",
-    "ThreePartError",
-    "Verdict",
-    "configurations",
-    "error_bound",
-    "make_case",
-    "oracle",
-    "row_sum_tolerance",
-    "three_part_error",
-    "tolerance",
-    "verify",
-]
+    "Case", "Oracle", "ThreePartError", "Verdict", "configurations", "error_bound", "make_case", "oracle", "row_sum_tolerance",
+    "three_part_error", "tolerance", "verify",
+]  # fmt: skip

@@ -22,17 +22,8 @@ from pmpo_kernels.impls import interpreted
 from pmpo_kernels.linear import linear_pmpo_loss
 
 __all__ = [
-    "PEERS",
-    "TOLERANCE",
-    "Agreement",
-    "Batch",
-    "ParityCase",
-    "Peer",
-    "compare",
-    "evaluate",
-    "find_peers",
-    "make_batch",
-]
+    "PEERS", "TOLERANCE", "Agreement", "Batch", "ParityCase", "Peer", "compare", "evaluate", "find_peers", "make_batch",
+]  # fmt: skip
 
 PEERS = {"trl": "trl", "verl": "verl", "liger": "liger-kernel"}  # module of this package: distribution
 
