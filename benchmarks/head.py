@@ -41,7 +41,7 @@ from torch import Tensor
 
 from pmpo_kernels.benchmarking.allocator import Allocator, allocators, using
 from pmpo_kernels.benchmarking.cases import Dtype, Preset
-from pmpo_kernels.benchmarking.comparison import Comparison, Row, judge, run_once, summarise
+from pmpo_kernels.benchmarking.comparison import Comparison, Row, attempt, judge, summarise
 from pmpo_kernels.benchmarking.figure import write_figure
 from pmpo_kernels.benchmarking.measure import Steps, Times, rotating
 from pmpo_kernels.benchmarking.memory import memory_problem, peak_allocated, peak_resident
@@ -140,14 +140,12 @@ def largest_chunk(case: HeadCase, inputs: HeadInputs, limit: int | None) -> int:
 
 def check(row: Row, bench: HeadBench, f: Callable[..., Tensor], case: HeadCase, want: head_accuracy.HeadExact) -> None:
     """Run the row once and fill in its errors and, if they exceed their bounds, the problem. The floor only has to run."""
-    found = run_once(row, bench, f)
+    found = attempt(row, lambda: bench.run(f))
     if found is None or row.group == FLOOR:
         return
     loss, dhidden, dweight = found
-    row.parts, row.loss_error = head_accuracy.errors(loss, dhidden, dweight, bench.inputs, want)
-    row.gradient_error = max(row.parts)
-    row.gradient_bound, row.loss_bound = head_accuracy.bounds(bench.inputs, want, case.config)
-    judge(row)
+    errors = head_accuracy.errors(loss, dhidden, dweight, bench.inputs, want)
+    judge(row, *errors, head_accuracy.bounds(bench.inputs, want, case.config))
 
 
 def compare(

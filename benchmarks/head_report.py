@@ -137,7 +137,7 @@ def full_case(report: HeadReport, reports: list[HeadReport]) -> HeadReport | Non
 
 def speed_table(report: HeadReport) -> Table:
     """Make the table of times, a line for each row. One with a problem has no times."""
-    out = Table(title=report.base.title, caption=caption(report), caption_justify="left")
+    out = Table(title=report.base.case.title, caption=caption(report), caption_justify="left")
     out.add_column("row")
     for name in (*(f"{name} ms" for name in PASSES), "over the products", "vs eager", "peak MiB"):
         out.add_column(name, justify="right")

@@ -40,7 +40,7 @@ def write_roofline(report: RunReport, path: Path) -> None:
     ax.margins(x=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
-    fig.suptitle(report.base.title)
+    fig.suptitle(report.base.case.title)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 

@@ -83,7 +83,7 @@ class RunReport:
 
 def speed_table(report: RunReport) -> Table:
     """Make the table of times, a line for each row that was run. One with a problem has no times, see `reasons`."""
-    out = Table(title=report.base.title, caption=caption(report), caption_justify="left")
+    out = Table(title=report.base.case.title, caption=caption(report), caption_justify="left")
     out.add_column("variant")
     for name in PASSES:
         out.add_column(f"{name} ms", justify="right")

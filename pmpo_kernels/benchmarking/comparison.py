@@ -9,12 +9,11 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from pmpo_kernels.benchmarking import accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, using
 from pmpo_kernels.benchmarking.cases import Case, Inputs, build_inputs
-from pmpo_kernels.benchmarking.measure import Bench, Steps, Times, lap, rotating
+from pmpo_kernels.benchmarking.measure import Bench, Times, lap, rotating
 from pmpo_kernels.benchmarking.memory import peak_memory
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER, LossFunction, Variant
 from pmpo_kernels.config import LossConfig
@@ -118,33 +117,23 @@ def attempt(row: Row, call: Callable[[], Result]) -> Result | None:
     return None
 
 
-def run_once(row: Row, bench: Steps, f: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
-    """Run forward and backward once, as `attempt` does, and return loss and gradients."""
-    return attempt(row, lambda: bench.run(f))
-
-
-def judge(row: Row) -> None:
-    """Mark the row as wrong, and note it as its problem, if an error exceeds its bound."""
-    assert row.gradient_error is not None
-    assert row.gradient_bound is not None
-    assert row.loss_error is not None
-    assert row.loss_bound is not None
-    row.wrong = not (row.gradient_error <= row.gradient_bound and row.loss_error <= row.loss_bound)
+def judge(row: Row, parts: NamedTuple, loss_error: float, bounds: tuple[float, float]) -> None:
+    """Fill in the errors and their bounds, that of the gradient's parts and that of the loss. A larger error is a problem."""
+    row.parts, row.gradient_error, row.loss_error = parts, max(parts), loss_error
+    row.gradient_bound, row.loss_bound = bounds
+    row.wrong = not (row.gradient_error <= row.gradient_bound and loss_error <= row.loss_bound)
     if row.wrong:
         row.problem = "wrong result: error above its bound, not timed"
 
 
 def check(row: Row, bench: Bench, f: LossFunction, case: Case, want: accuracy.Exact) -> None:
     """Run the variant once and fill in its errors and bounds and, if one exceeds the other, the problem."""
-    found = run_once(row, bench, f)
-    if found is None:
-        return
-    loss, gradient = found
-    row.parts, row.loss_error = accuracy.errors(loss, gradient, bench.inputs, want, case.config)
-    row.gradient_error = max(row.parts)
-    fused = row.group == FUSED
-    row.gradient_bound, row.loss_bound = accuracy.bounds(gradient.dtype, case.vocab, want, case.config, fused=fused)
-    judge(row)
+    found = attempt(row, lambda: bench.run(f))
+    if found is not None:
+        loss, gradient = found
+        errors = accuracy.errors(loss, gradient, bench.inputs, want, case.config)
+        fused = row.group == FUSED
+        judge(row, *errors, accuracy.bounds(gradient.dtype, case.vocab, want, case.config, fused=fused))
 
 
 def compare(
@@ -190,9 +179,8 @@ def compare(
                     save(found)
         if any(variant in functions for variant in part):
             # rounds are saved as they are done, unless a whole set of them is saved already
-            time_rows(
-                found, case, benches, functions, repeats, advance, settings, None if found.floor else save, stages
-            )
+            timed = Rounds(case, benches, functions, advance, stages)
+            time_rows(found, timed, repeats, settings, None if found.floor else save)
     return found
 
 
@@ -209,67 +197,65 @@ def _powers(inputs: Inputs) -> tuple[float, float] | None:
     return float(solved.min()), float(solved.max())
 
 
+Samples = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What is timed round by round: variants with their functions and benches, and each of `stages` alone."""
+
+    case: Case
+    benches: dict[bool, Bench]
+    functions: dict[Variant, LossFunction]
+    advance: Callable[[str], None]
+    stages: StageCalls | None
+
+    def take(self, repeats: int) -> Iterator[tuple[dict[str, list[Times]], Samples, Samples]]:
+        """After each round yield all samples so far, of every variant by name, of the floor, and of the stages of the first fused
+        variant."""
+        named = {variant.name: variant for variant in self.functions}
+        times: dict[str, list[Times]] = {name: [] for name in named}
+        ours = next((variant for variant in self.functions if variant.impl), next(iter(self.functions)))
+        bench = self.benches[ours.one_more]
+        bench.restore()
+        work = bench.inputs._replace(logits=bench.logits.detach()[:, : self.case.tokens])
+        alone = self.stages(ours.impl, work, self.case.config) if self.stages and ours.impl else {}
+        floor: Samples = {"read": [], "copy": []}
+        stages: Samples = {name: [] for name in alone}
+        for names in rotating(list(named), repeats):
+            self.advance("timing")
+            for name in names:
+                times[name].append(self.benches[named[name].one_more].time(self.functions[named[name]]))
+            for what, ms in bench.floor().items():
+                floor[what].append(ms)
+            for what, f in alone.items():
+                bench.restore()
+                stages[what].append(lap(f, bench.cuda))
+            yield times, floor, stages
+
+
 def time_rows(
     found: Comparison,
-    case: Case,
-    benches: dict[bool, Bench],
-    functions: dict[Variant, LossFunction],
+    timed: Rounds,
     repeats: int,
-    advance: Callable[[str], None],
     settings: list[Allocator],
     save: Callable[[Comparison], None] | None,
-    stages: StageCalls | None,
 ) -> None:
-    """Time the variants in `functions` under each setting of the allocator, and store the times in their rows. The times of floor
-    and stages are taken over the rounds of all settings."""
+    """Time under each setting of the allocator, and store the times in their rows. The times of floor and stages are taken over the
+    rounds of all settings."""
     totals: tuple[Samples, Samples] = ({}, {})
     for allocator in settings:
         with using(allocator):
-            for _ in _rounds(case, benches, functions, WARMUP_ROUNDS, advance, stages):
+            for _ in timed.take(WARMUP_ROUNDS):
                 pass
             before = [dict(total) for total in totals]
-            for samples, *more in _rounds(case, benches, functions, repeats, advance, stages):
+            for samples, *more in timed.take(repeats):
                 summarise(found.rows, allocator, samples)
                 for into, total, old, new in zip((found.floor, found.stages), totals, before, more, strict=True):
                     total |= {what: old.get(what, []) + values for what, values in new.items()}
                     into |= {what: Spread.of(values) for what, values in total.items()}
                 if save:
                     save(found)
-
-
-Samples = dict[str, list[float]]
-
-
-def _rounds(
-    case: Case,
-    benches: dict[bool, Bench],
-    functions: dict[Variant, LossFunction],
-    repeats: int,
-    advance: Callable[[str], None],
-    stages: StageCalls | None,
-) -> Iterator[tuple[dict[str, list[Times]], Samples, Samples]]:
-    """Time round by round. After each round yield all samples so far, of every variant by name, of the floor, and of the stages of
-    the first fused variant."""
-    named = {variant.name: variant for variant in functions}
-    times: dict[str, list[Times]] = {name: [] for name in named}
-    cuda = case.device != "cpu"
-    ours = next((variant for variant in functions if variant.impl), next(iter(functions)))
-    bench = benches[ours.one_more]
-    bench.restore()
-    work = bench.inputs._replace(logits=bench.logits.detach()[:, : case.tokens])
-    alone = stages(ours.impl, work, case.config) if stages and ours.impl else {}
-    floor: Samples = {"read": [], "copy": []}
-    of_stages: Samples = {name: [] for name in alone}
-    for names in rotating(list(named), repeats):
-        advance("timing")
-        for name in names:
-            times[name].append(benches[named[name].one_more].time(functions[named[name]]))
-        for what, ms in bench.floor().items():
-            floor[what].append(ms)
-        for what, f in alone.items():
-            bench.restore()
-            of_stages[what].append(lap(f, cuda))
-        yield times, floor, of_stages
 
 
 def steps(chosen: list[Variant], repeats: int, settings: list[Allocator], early: bool = False) -> int:

@@ -55,7 +55,7 @@ def write_figure(report: Report, path: Path) -> None:
     axes[0].invert_yaxis()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report.title)
+    figure.suptitle(report.case.title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -67,10 +67,6 @@ class Report:
         """Fraction of the rows of the logits whose gradient is 0."""
         return 1 - self.comparison.gradient_rows / (self.case.batch * self.case.tokens)
 
-    @property
-    def title(self) -> str:
-        return self.case.title
-
 
 def speed_table(report: Report) -> Table:
     """Make the table of times: a section for each allocator setting, a line for each variant with its times or its problem."""
@@ -86,7 +82,7 @@ def speed_table(report: Report) -> Table:
             " Allocator: default, each large tensor is fresh memory and its pages are cleared on first use (faults); "
             "reuse, freed memory is kept and taken again."
         )
-    out = Table(title=report.title, caption=caption, caption_justify="left")
+    out = Table(title=report.case.title, caption=caption, caption_justify="left")
     out.add_column("allocator")
     out.add_column("variant")
     for name in ("forward ms", "backward ms", "both ms", "vs eager", "page faults"):

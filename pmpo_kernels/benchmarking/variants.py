@@ -50,20 +50,9 @@ def build_compiled(config: LossConfig) -> LossFunction:
 
 def build_fused(impl: str, inplace: bool, config: LossConfig) -> LossFunction:
     """Build `pmpo_loss`. It solves p."""
-
-    def fused(logits: Tensor, i: Inputs) -> Tensor:
-        return pmpo_loss(
-            logits,
-            i.token_ids,
-            i.old_logp,
-            i.advantages,
-            mask=i.mask,
-            config=config,
-            inplace=inplace,
-            impl=impl,
-        ).loss
-
-    return fused
+    return lambda z, i: (
+        pmpo_loss(z, i.token_ids, i.old_logp, i.advantages, mask=i.mask, config=config, inplace=inplace, impl=impl).loss
+    )
 
 
 EAGER = Variant("eager PyTorch", "naive", build_eager)

@@ -1,7 +1,4 @@
-"""The command line, `pmpo-kernels info | verify | bench`.
-
-Each command lives in the file of its name, and imports heavy modules only when it runs.
-"""
+"""The command line, `pmpo-kernels info | verify | bench`. Each command lives in the file of its name."""
 
 from __future__ import annotations
 

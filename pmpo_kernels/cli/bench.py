@@ -7,9 +7,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from pmpo_kernels.benchmarking import report as reporting
+from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
+from pmpo_kernels.benchmarking.memory import memory_problem
+from pmpo_kernels.benchmarking.variants import variants
 
 VOCABS = (151936, 49152)  # Qwen2.5, SmolLM2
 # (batch, tokens): one takes minutes on two CPU cores, the other fills a GPU.
@@ -40,11 +45,6 @@ def command(
     p is solved beforehand and not timed; the fused rows solve it. A variant whose error exceeds its bound is not timed,
     and the exit code is 1.
     """
-    import torch
-
-    from pmpo_kernels.benchmarking.memory import memory_problem
-    from pmpo_kernels.benchmarking.report import files_problem
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T = DEFAULT_SHAPE[device]
     cases = [
@@ -52,7 +52,7 @@ def command(
         for V in dict.fromkeys(vocab or VOCABS)
         for kind in dict.fromkeys(dtype or Dtype)
     ]
-    if problem := files_problem([path for case in cases for path in files(case, out).values()], overwrite):
+    if problem := reporting.files_problem([path for case in cases for path in files(case, out).values()], overwrite):
         raise typer.BadParameter(problem, param_hint="--out")
     if problem := memory_problem(*cases):
         raise typer.BadParameter(problem, param_hint="--batch, --tokens, --vocab")
@@ -72,12 +72,7 @@ def files(case: Case, out: Path) -> dict[str, Path]:
 
 def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
     """Measure one case, print its tables and write its files. Return whether a variant was wrong."""
-    import torch
-
-    from pmpo_kernels.benchmarking import report as reporting
-    from pmpo_kernels.benchmarking.allocator import allocators
     from pmpo_kernels.benchmarking.figure import write_figure
-    from pmpo_kernels.benchmarking.variants import variants
 
     torch.set_num_threads(threads)
     console = reporting.wide_console()

@@ -101,9 +101,7 @@ def check_peers(vocab: int, seed: int) -> NoReturn:
 
 def device_of(impl: str) -> str:
     """Device that an implementation is checked on: the GPU for Triton unless it is interpreted, else the CPU."""
-    if impl == "triton" and not interpreted():
-        return "cuda"
-    return "cpu"
+    return "cuda" if impl == "triton" and not interpreted() else "cpu"
 
 
 def _figures(verdict: Verdict) -> list[str]:

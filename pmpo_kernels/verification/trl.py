@@ -135,10 +135,8 @@ def cases() -> list[ParityCase]:
     """The cases: token-level and sequence-level losses of `GRPOTrainer`, and GMPO."""
     sequence: dict[str, Any] = LossConfig.ratio_clip(0.02, 0.03)
     level: dict[str, Any] = {"importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03}
-    plain_kl: dict[str, Any] = {
-        "beta": 0.1,
-        "use_bias_correction_kl": False,
-    }  # by default TRL multiplies k3 by the ratio
+    # by default TRL multiplies k3 by the ratio
+    plain_kl: dict[str, Any] = {"beta": 0.1, "use_bias_correction_kl": False}
     T, by_token = max(LENGTHS), {"loss_agg_mode": "token-mean"}
     token_sum = {"loss_agg_mode": "seq-mean-token-sum-norm", "max_length": 1}
     return [
