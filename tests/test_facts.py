@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import fuzz_arguments
-import fuzz_oracle
+import call_arguments
+import call_oracle
 import pytest
 import strategies
 import torch
@@ -118,7 +118,7 @@ def test_every_option_is_documented() -> None:
     assert set(FIELDS) - set(re.findall(r"\w+", section)) == set()
 
 
-@pytest.mark.parametrize("function", [strategies.random_configs, fuzz_arguments.config, fuzz_oracle.judge_LossConfig])
+@pytest.mark.parametrize("function", [strategies.random_configs, call_arguments.config, call_oracle.judge_LossConfig])
 def test_generated_configurations_have_every_option_and_choice(function: Any) -> None:
     choices = {
         word

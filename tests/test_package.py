@@ -200,6 +200,14 @@ def test_the_package_requires_torch_and_numpy_alone(pure_wheel: Path) -> None:
     assert set(cli) == {"typer", "rich", "matplotlib"}
 
 
+def test_the_package_is_small(pure_wheel: Path) -> None:
+    """Demo, cost model, benchmarks and tools are not in it. A limit is raised for a loss, not for a program."""
+    with zipfile.ZipFile(pure_wheel) as archive:
+        modules = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")]
+    assert len(modules) <= 70
+    assert sum(len(text.splitlines()) for text in modules) <= 8800
+
+
 def test_the_losses_need_torch_and_numpy_alone(pure_wheel: Path, tmp_path: Path) -> None:
     """And without the extra a command is one line."""
     names = required_by("torch") | required_by("numpy")
