@@ -9,6 +9,7 @@ import ast
 import inspect
 import math
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -127,7 +128,7 @@ def test_generated_configurations_have_every_option_and_choice(function: Any) ->
         if get_origin(part) is Literal
         for word in get_args(part)
     } - {field.default for field in fields(LossConfig)}
-    source = text(f"tests/{function.__module__}.py")
+    source = inspect.getsource(sys.modules[function.__module__])
     (tree,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function.__name__)
     written = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert (choices | set(FIELDS)) - written == set()
