@@ -30,7 +30,7 @@ with_triton = if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is
 	then $(1); else TRITON_INTERPRET=1 $(1); fi
 
 demo: .venv/installed
-	@$(call with_triton,$(BIN)/pmpo-kernels demo --overwrite)
+	@$(call with_triton,$(BIN)/python examples/demo/demo.py --overwrite)
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ test: .venv/installed
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest
-	$(BIN)/python tests/versions.py beside
+	$(BIN)/python tools/versions.py beside
 	@if $(MAKE) --no-print-directory .venv-peers/installed; then $(MAKE) --no-print-directory peers; \
 	else echo "NOT TESTED: parity with TRL, verl and Liger, whose packages could not be installed (see above)"; fi
 
@@ -70,15 +70,15 @@ package: .venv/installed
 
 # The lowest and the newest versions that are supported, and a GPU machine's, each in an environment of its own under .versions.
 versions: .venv/installed
-	$(BIN)/python tests/versions.py
+	$(BIN)/python tools/versions.py
 
 # The Triton kernels' binaries described anew, after a change of the kernels, with the oldest supported Triton and that of .venv.
 binaries: .venv/installed
 	rm -f benchmarks/results/binaries-*.json
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .versions/triton "$(OLDEST_TRITON)"
-	PYTHONPATH=.versions/triton $(BIN)/python benchmarks/binaries.py --out benchmarks/results
-	$(BIN)/python benchmarks/binaries.py --out benchmarks/results
-	$(BIN)/python benchmarks/readme_table.py
+	PYTHONPATH=.versions/triton $(BIN)/python tools/binaries.py --out benchmarks/results
+	$(BIN)/python tools/binaries.py --out benchmarks/results
+	$(BIN)/python tools/readme_table.py
 
 # The newest of everything, on the Python that is used here, becomes what .venv is made of.
 constraints:
@@ -86,7 +86,7 @@ constraints:
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet --upgrade pip
 	@$(call install,.venv-constraints/bin,)
-	.venv-constraints/bin/python tests/constraints.py > constraints.txt
+	.venv-constraints/bin/python tools/constraints.py > constraints.txt
 	rm -rf .venv-constraints
 
 # HTML in out/docs; a broken link, an unknown name or formula, a page that is not in docs/index.md is an error.
@@ -98,14 +98,14 @@ verify: .venv/installed
 
 # Every test that runs C++ kernels, with AddressSanitizer and UndefinedBehaviorSanitizer in them (GCC on Linux).
 sanitize: .venv/installed
-	$(BIN)/python tests/sanitizers.py
+	$(BIN)/python tools/sanitizers.py
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # Is memory flat over 50,000 steps? Several minutes.
 soak: .venv/installed
-	$(BIN)/python benchmarks/soak.py --out out/soak/soak.json --overwrite
+	$(BIN)/python tools/soak/soak.py --out out/soak/soak.json --overwrite
 
 # What is there already is not run again: after an interruption, the same command goes on.
 experiment: .venv/installed

@@ -1,4 +1,4 @@
-"""The C++ kernels, built where a C++ compiler and PyTorch are there; all metadata is in pyproject.toml."""
+"""Builds the C++ kernels where a C++ compiler and PyTorch are there. All metadata is in pyproject.toml."""
 
 import os
 import re
@@ -13,7 +13,7 @@ TORCH = (2, 10)  # the first with the stable ABI used here; the binary runs on e
 PYTHON = (3, 10)
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none
 ROOT = Path(__file__).parent
-# Names for -fsanitize=, such as "address,undefined": tests/sanitizers.py says what is built and how it runs.
+# Names for -fsanitize=, such as "address,undefined": tools/sanitizers.py says what is built and how it runs.
 SANITIZE = os.environ.get("PMPO_KERNELS_SANITIZE", "")
 
 
@@ -22,7 +22,7 @@ def files(pattern: str) -> list[str]:
 
 
 class BuildCpp(build_ext):
-    """Without the extension the package works too; `cpp_not_built.txt` beside it then says why it is missing."""
+    """Build the extension or go on without it, since the package works without. `cpp_not_built.txt` in it then says why."""
 
     def run(self) -> None:
         self.problem = ""
@@ -47,7 +47,7 @@ class BuildCpp(build_ext):
         try:
             self._add_torch(extension)
             super().build_extension(extension)
-        except Exception as error:  # whatever it is, it is told, and the rest of the package is installed
+        except Exception as error:  # whatever it is, it is reported, and the rest of the package is installed
             if SANITIZE:
                 raise
             self.problem = f"{type(error).__name__}: {error}"
@@ -59,7 +59,7 @@ class BuildCpp(build_ext):
             import torch
             from torch.utils import cpp_extension
         except ImportError as error:
-            # pip would take the wheel that it kept from the build without PyTorch
+            # without these options pip would take the wheel that it kept from the build without PyTorch
             hint = "install PyTorch, then this package again, with --no-build-isolation --force-reinstall --no-deps --no-cache-dir"
             raise RuntimeError(f"PyTorch cannot be imported while building ({error}); {hint}") from None
         found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
@@ -72,7 +72,7 @@ class BuildCpp(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Without the extension the wheel is for any machine, py3-none-any, and named so."""
+    """Build the wheel. Without the extension it serves any machine and is named so, py3-none-any."""
 
     def run(self) -> None:
         self.run_command("build")
@@ -89,8 +89,8 @@ if LIMITED_API:
 # no floating-point traps and no errno, so that loops are vectorised; NaN and inf keep their meaning
 flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 if SANITIZE:
-    # as above, but in half the time of -O2, and with what a report needs: line numbers, whole call stacks, a stop at the first
-    # error. Fortified functions go past the sanitizer.
+    # -O1 compiles in half the time of -O2. The rest is what a report needs: line numbers, whole call stacks, a stop at the first
+    # error, and no fortified functions, which go past the sanitizer.
     flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-U_FORTIFY_SOURCE"]
     flags += [f"-fsanitize={SANITIZE}"]
 

@@ -1,4 +1,5 @@
-"""Inputs are built once per (vocab, dtype); every variant is checked against float64 before it is timed."""
+"""Fixtures of the pytest-benchmark cases. Inputs are built once for each (vocab, dtype), and every variant is checked against
+float64 before it is timed."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ VOCABS = (8192, 49152)
 
 @cache
 def bench_of(vocab: int, dtype: Dtype) -> tuple[Case, Bench, Exact]:
-    """The case, its inputs, and what float64 says."""
+    """Return the case, its inputs, and the right results in float64."""
     case = Case(vocab=vocab, batch=8, tokens=TOKENS[DEVICE], dtype=dtype, device=DEVICE)
     bench = Bench(build_inputs(case))
     return case, bench, exact(bench.inputs, case.config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that uses `checked` runs for each vocab, dtype and variant."""
+    """Run every test that uses `checked` for each vocab, dtype and variant."""
     if "checked" in metafunc.fixturenames:
         chosen, _ = variants(DEVICE)
         metafunc.parametrize("vocab", VOCABS)
@@ -38,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @cache
 def checked_once(vocab: int, dtype: Dtype, variant: Variant) -> tuple[Row, LossFunction]:
-    """A variant's check and its function, compiled once for the three benchmarks that use it."""
+    """Return a variant's check and its function, compiled once for the three benchmarks that use it."""
     case, bench, want = bench_of(vocab, dtype)
     f = variant.build(case.config)
     row = Row(variant.name, variant.group)
@@ -48,7 +49,7 @@ def checked_once(vocab: int, dtype: Dtype, variant: Variant) -> tuple[Row, LossF
 
 @pytest.fixture
 def checked(vocab: int, dtype: Dtype, variant: Variant) -> tuple[Case, Bench, LossFunction]:
-    """(case, inputs, function) of a variant whose result is right; a wrong one fails here and is not timed."""
+    """Case, inputs and function of a variant whose result is right. A wrong one fails here and is not timed."""
     row, f = checked_once(vocab, dtype, variant)
     assert not row.wrong, row
     if row.problem:

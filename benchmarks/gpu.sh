@@ -36,7 +36,7 @@ steps() {
   step memcheck 90 bash -c 'sanitize memcheck'
   step properties 70 "${tests[@]}" "${properties[@]}"
   step racecheck 90 bash -c 'sanitize racecheck'
-  step soak 60 "$PYTHON" benchmarks/soak.py "${soak[@]}" --out "$RESULTS/soak.json" "${overwrite[@]}"
+  step soak 60 "$PYTHON" tools/soak/soak.py "${soak[@]}" --out "$RESULTS/soak.json" "${overwrite[@]}"
 }
 FIRST_CALL="prepare smoke stages run head sweep cases tests large verify head-more memcheck properties"
 LARGE="more_than or holds_one_chunk" # gigabytes each
@@ -75,7 +75,7 @@ prepare() {
   "$PYTHON" -m pmpo_kernels info --json | tee "$RESULTS/info.json"
   "$PYTHON" -c '
 import torch
-from pmpo_kernels.projection import adds_to_float32
+from pmpo_kernels.linear.projection import adds_to_float32
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("addmm adds bfloat16 products to a float32 sum:", adds_to_float32(device, torch.bfloat16))'
 }
@@ -83,10 +83,10 @@ print("addmm adds bfloat16 products to a float32 sum:", adds_to_float32(device, 
 sanitize() { # without PyTorch's caching allocator, so that each tensor is an allocation of its own
   if ((DRY)); then
     echo "stand-in for compute-sanitizer --tool $1: the program without it"
-    "$PYTHON" benchmarks/sanitize.py --tiny
+    "$PYTHON" tools/compute_sanitizer.py --tiny
   else
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 1 \
-      "$PYTHON" benchmarks/sanitize.py
+      "$PYTHON" tools/compute_sanitizer.py
   fi
 }
 

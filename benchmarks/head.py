@@ -19,8 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import head_accuracy
 import torch
 import typer
+from head_inputs import HeadBench, HeadCase, HeadInputs, build_head_inputs
 from head_report import (
     ERROR_NOTE,
     ERROR_PARTS,
@@ -37,18 +39,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from suites import MODELS, NO_ZEROS, WHOLE, Model
 from torch import Tensor
 
-from pmpo_kernels.benchmarking import head_accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, allocators, using
-from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
+from pmpo_kernels.benchmarking.cases import Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Row, judge, run_once, summarise
 from pmpo_kernels.benchmarking.figure import write_figure
-from pmpo_kernels.benchmarking.head import HeadBench, HeadInputs, build_head_inputs
 from pmpo_kernels.benchmarking.measure import Steps, Times, rotating
-from pmpo_kernels.benchmarking.memory import peak_allocated, peak_resident
-from pmpo_kernels.benchmarking.report import Report, accuracy_table, wide_console, write_json
-from pmpo_kernels.benchmarking.traffic import model_bytes
-from pmpo_kernels.cli.bench import check_files, check_memory
-from pmpo_kernels.projection import adds_to_float32
+from pmpo_kernels.benchmarking.memory import memory_problem, peak_allocated, peak_resident
+from pmpo_kernels.benchmarking.report import Report, accuracy_table, files_problem, wide_console, write_json
+from pmpo_kernels.linear.projection import adds_to_float32
 
 HIDDEN = {"qwen2.5": 3584, "smollm2": 576, "ministral": 4096}
 USUAL = {"cpu": ("smollm2", "float32", 8, 512, 3), "cuda": ("qwen2.5", "bfloat16", 6, 4096, 5)}
@@ -56,7 +54,7 @@ USUAL = {"cpu": ("smollm2", "float32", 8, 512, 3), "cuda": ("qwen2.5", "bfloat16
 
 
 class Suite(str, Enum):
-    """`main`: the first case, which is asked most. `more`: the others. `all`: both."""
+    """Which cases to measure. `main`: the first one, which is wanted most. `more`: the others. `all`: both."""
 
     main = "main"
     more = "more"
@@ -74,8 +72,8 @@ class Planned(NamedTuple):
 
 
 def suite(device: str) -> list[Planned]:
-    """What is asked most first: GRPO beside everybody, what half of the trajectories at A = 0 and half of the tokens clipped
-    save, and PMPO with p solved; on a GPU the largest shape of Liger's table, 8,192 tokens without padding."""
+    """Return the cases, the ones wanted most first: GRPO beside everybody; what half of the trajectories at A = 0 and half of the
+    tokens clipped save; PMPO with p solved; on a GPU the largest shape of Liger's table, 8,192 tokens without padding."""
     model, dtype, B, T, _ = USUAL[device]
     padded = {"padded": 0.375}
     cases = [
@@ -104,7 +102,7 @@ def head_case(
     device: str,
     fractions: dict[str, float],
 ) -> HeadCase:
-    """A case with a model's vocabulary and, where nothing else is said, its width."""
+    """Make a case with a model's vocabulary and, unless `hidden` says otherwise, its width."""
     return HeadCase(
         vocab=MODELS[model.value],
         hidden=hidden or HIDDEN.get(model.value, 1024),
@@ -119,21 +117,21 @@ def head_case(
 
 
 def load_bench(path: Path, variant: HeadVariant, case: HeadCase) -> tuple[Steps, Callable[..., Tensor]]:
-    """What a fresh process measures the memory of, from inputs that another one has written."""
+    """Load inputs that another process has written, and return what a fresh process measures the memory of."""
     inputs = HeadInputs(*torch.load(path, weights_only=True))
     return HeadBench(inputs, variant.padded), variant.build(case.config)
 
 
 def peak(case: HeadCase, variant: HeadVariant, bench: HeadBench, f: Callable[..., Tensor], path: Path) -> int | None:
-    """Bytes at the peak beyond the inputs, by `MEMORY_METHOD`."""
+    """Return the bytes at the peak beyond the inputs, measured as `MEMORY_METHOD` says."""
     return (
         peak_allocated(bench, f) if bench.cuda else peak_resident(partial(load_bench, path, variant, case), warmups=1)
     )
 
 
 def largest_chunk(case: HeadCase, inputs: HeadInputs, limit: int | None) -> int:
-    """Tokens in the largest chunk of `linear_pmpo_loss` with at most `limit`, or its default."""
-    from pmpo_kernels.chunks import default_chunk_tokens, pack
+    """Number of tokens in the largest chunk of `linear_pmpo_loss` that `limit` allows, or by its default."""
+    from pmpo_kernels.linear.chunks import default_chunk_tokens, pack
 
     lengths = [n for n, a in zip(inputs.mask.sum(1).tolist(), inputs.advantages.tolist(), strict=True) if a]
     limit = limit or default_chunk_tokens(max(lengths, default=0), case.row_bytes, inputs.hidden.device)
@@ -141,7 +139,7 @@ def largest_chunk(case: HeadCase, inputs: HeadInputs, limit: int | None) -> int:
 
 
 def check(row: Row, bench: HeadBench, f: Callable[..., Tensor], case: HeadCase, want: head_accuracy.HeadExact) -> None:
-    """Fill in the errors of one run and, if they exceed their bounds, the problem. The floor only has to run."""
+    """Run the row once and fill in its errors and, if they exceed their bounds, the problem. The floor only has to run."""
     found = run_once(row, bench, f)
     if found is None or row.group == FLOOR:
         return
@@ -161,9 +159,9 @@ def compare(
     memory: bool,
     save: Callable[[Comparison, HeadInputs], object] = lambda found, inputs: None,
 ) -> tuple[Comparison, HeadInputs]:
-    """Build the inputs, check, time in rounds, measure memory. The check is a CPU's warm-up; a GPU has a round more.
+    """Build the inputs, check, time in rounds, measure memory. On a CPU the check is the warm-up; a GPU has one more round for it.
 
-    `save` is given what there is after each row that was checked, each timed round and each memory figure.
+    `save` is called with what there is after each checked row, each timed round and each memory figure.
     """
     advance("building inputs")
     inputs = build_head_inputs(case)
@@ -171,8 +169,7 @@ def compare(
     advance("float64")
     want = head_accuracy.exact(inputs, case.config)
     rows = [Row(variant.name, variant.group) for variant in chosen]
-    traffic = model_bytes(case, len(inputs.hidden), want.gradient_rows)
-    found = Comparison(rows, {}, {}, traffic, want.gradient_rows)
+    found = Comparison(rows, {}, {}, len(inputs.hidden), want.gradient_rows)
     functions = {}
     with using(setting):
         for variant, row in zip(chosen, rows, strict=True):
@@ -209,7 +206,7 @@ def compare(
 def run_case(
     planned: Planned, repeats: int, compiled: bool, memory: bool, out: Path, done: list[HeadReport], console: Console
 ) -> HeadReport:
-    """Measure one case, print it and write its files, the JSON after each step. `done`: the cases before."""
+    """Measure one case, print it and write its files, the JSON after each step. `done` are the cases before it."""
     torch._dynamo.reset()
     case = planned.case
     chosen, skipped = head_rows(case, compiled, planned.brief)
@@ -253,7 +250,7 @@ def run_case(
 
 
 def files(case: HeadCase, out: Path) -> tuple[Path, Path]:
-    """What a case writes."""
+    """Paths of the JSON file and the picture of a case."""
     return out / f"head-{case.name}.json", out / f"head-{case.name}.png"
 
 
@@ -308,8 +305,10 @@ def main(
     if tiny:
         plan = [Planned(replace(case, **TINY), brief) for case, brief in plan]
     plan = list({planned.case: planned for planned in plan}.values())
-    check_files([path for planned in plan for path in files(planned.case, out)], overwrite)
-    check_memory([planned.case for planned in plan], "--model, --hidden, --tokens, --batch, --dtype")
+    if problem := files_problem([path for planned in plan for path in files(planned.case, out)], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
+    if problem := memory_problem(*(planned.case for planned in plan)):
+        raise typer.BadParameter(problem, param_hint="--model, --hidden, --tokens, --batch, --dtype")
     console = wide_console()
     reports: list[HeadReport] = []
     for planned in plan:

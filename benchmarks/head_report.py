@@ -1,19 +1,20 @@
-"""A case of `head.py` as tables and as JSON: times, and how they compare with the products alone, with the others, with a full
-case."""
+"""A case of `head.py` as tables and as JSON: its times, and how they compare with the products alone, with other packages and with
+a full case."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from head_inputs import HeadCase
 from head_rows import FLOOR, LIGER_NLL, OURS, TORCH_NLL, HeadVariant
-from peers import LIGER, TRL, versions
+from other_packages import LIGER, TRL, versions
 from rich.table import Table
 from rich.text import Text
 from targets import HEAD_HALF_OVER_FULL, HEAD_LIGER_OVER_OURS, HEAD_MEMORY, HEAD_OVER_PRODUCTS
 
 from pmpo_kernels.benchmarking.allocator import Allocator
-from pmpo_kernels.benchmarking.cases import LIMITS, HeadCase
+from pmpo_kernels.benchmarking.cases import LIMITS
 from pmpo_kernels.benchmarking.comparison import Row, Timing
 from pmpo_kernels.benchmarking.report import P_NOTE, Report, ms
 from pmpo_kernels.benchmarking.report import content as base_content
@@ -25,7 +26,7 @@ ERROR_NOTE = "of the gradients' rows over the sum of the norms of their terms"
 
 
 class Ratio(NamedTuple):
-    """A figure with what it should be: at most, or at least, its target; None where there is none on this device."""
+    """A figure and its target, which it should reach at least or at most; the target is None where there is none on this device."""
 
     name: str
     value: float
@@ -41,9 +42,11 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadReport:
-    """A finished case. `tokens`: response tokens; `acting`: those of trajectories with A != 0; `chunks`: tokens of the largest
-    chunk of each row of `linear_pmpo_loss`; `float32_sum`: whether 16-bit products add to a float32 sum by themselves, None for
-    float32."""
+    """A finished case.
+
+    `tokens` is the number of response tokens, `acting` that of those in trajectories with A != 0. `chunks` are the tokens of the
+    largest chunk of each row of `linear_pmpo_loss`. `float32_sum` tells whether 16-bit products add to a float32 sum by themselves,
+    and is None for float32."""
 
     base: Report
     case: HeadCase
@@ -56,7 +59,7 @@ class HeadReport:
 
     @property
     def chunk(self) -> int:
-        """Of `linear_pmpo_loss` by default."""
+        """Tokens of the largest chunk of `linear_pmpo_loss` by default."""
         return self.chunks.get(OURS, 0)
 
     @property
@@ -75,14 +78,14 @@ class HeadReport:
 
     @property
     def over_products(self) -> float | None:
-        """Time of `linear_pmpo_loss` over that of the products in the same rounds: comparable between cases, even if the
-        machine was slower in one of them."""
+        """Time of `linear_pmpo_loss` over that of the products in the same rounds. Cases can be compared by it even if the machine
+        was slower in one of them."""
         if self.floor is None or OURS not in self.timed:
             return None
         return self.timed[OURS].both.median / self.timed[self.floor].both.median
 
     def ratios(self, full: HeadReport | None) -> list[Ratio]:
-        """Of this case's `linear_pmpo_loss`; `full` is the same case with every token in it."""
+        """Return how this case's `linear_pmpo_loss` compares. `full` is the same case with every token in its products."""
         if OURS not in self.timed:
             return []
         cuda, mine = self.case.device != "cpu", self.timed[OURS].both.median
@@ -121,7 +124,7 @@ class HeadReport:
 
 
 def full_case(report: HeadReport, reports: list[HeadReport]) -> HeadReport | None:
-    """The case that differs in its fractions alone and has all of its tokens in the products of both passes."""
+    """Return the case that differs in its fractions alone and has all of its tokens in the products of both passes."""
 
     def shape(r: HeadReport) -> tuple[Any, ...]:
         return tuple(value for name, value in asdict(r.case).items() if name not in LIMITS or name == "padded")
@@ -133,7 +136,7 @@ def full_case(report: HeadReport, reports: list[HeadReport]) -> HeadReport | Non
 
 
 def speed_table(report: HeadReport) -> Table:
-    """A line a row; one with a problem has no times."""
+    """Make the table of times, a line for each row. One with a problem has no times."""
     out = Table(title=report.base.title, caption=caption(report), caption_justify="left")
     out.add_column("row")
     for name in (*(f"{name} ms" for name in PASSES), "over the products", "vs eager", "peak MiB"):
@@ -153,7 +156,7 @@ def speed_table(report: HeadReport) -> Table:
 
 
 def caption(report: HeadReport) -> str:
-    """What the figures of a case's table mean."""
+    """Return the text that says what the figures of the table mean."""
     slots, solved = report.case.batch * report.case.tokens, report.case.config.power == "ess"
     sums = {None: "", True: " Products add to the float32 sum.", False: " Products are rounded before they are added."}
     return (
@@ -167,7 +170,7 @@ def caption(report: HeadReport) -> str:
 
 
 def ratio_table(reports: list[HeadReport]) -> Table:
-    """What the targets are about, a line a figure."""
+    """Make the table of the figures that have targets, a line for each."""
     out = Table(title=f"{OURS} by default, forward and backward")
     out.add_column("case")
     out.add_column("figure")
@@ -183,13 +186,13 @@ def ratio_table(reports: list[HeadReport]) -> Table:
 
 
 def reasons(report: HeadReport) -> list[str]:
-    """Why rows have no times or are not there, a line each."""
+    """Return, a line each, why rows have no times or are not there."""
     problems = [f"no times: {row.name} ({row.problem})" for row in report.base.rows if row.problem]
     return problems + [f"not measured: {name} ({reason})" for name, reason in report.base.skipped.items()]
 
 
 def content(report: HeadReport, full: HeadReport | None) -> dict[str, Any]:
-    """All figures with what they depend on."""
+    """Return all figures and what they depend on."""
     found = base_content(report.base)
     found["versions"] |= versions()
     found["case"]["gradient_bytes"] = report.case.gradient_bytes

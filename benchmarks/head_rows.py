@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from peers import LIGER, TRL
+from head_inputs import HeadCase, HeadInputs
+from other_packages import LIGER, TRL
 from torch import Tensor
 from torch.nn.functional import linear
 
 from pmpo_kernels import LossConfig, pmpo_loss
-from pmpo_kernels.baseline import eager_loss_from_logp, eager_token_logp
-from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
-from pmpo_kernels.benchmarking.head import HeadInputs
+from pmpo_kernels.benchmarking.cases import Dtype, Preset
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER
+from pmpo_kernels.verification.baseline import eager_loss_from_logp, eager_token_logp
 
 OURS = "linear_pmpo_loss"
 LIGER_NLL, TORCH_NLL = "Liger, scaled cross entropy", "PyTorch's linear_cross_entropy"
@@ -29,7 +29,8 @@ HeadLoss = Callable[[Tensor, Tensor, HeadInputs], Tensor]
 
 @dataclass(frozen=True)
 class HeadVariant:
-    """`build(config)` is a row's function of (hidden, weight, inputs), hidden packed (N, H) or `padded` (B, T, H)."""
+    """One row: `build(config)` returns its function of (hidden, weight, inputs), with hidden packed (N, H) or `padded` (B, T,
+    H)."""
 
     name: str
     group: str
@@ -39,7 +40,8 @@ class HeadVariant:
 
 
 class ThreeProducts(torch.autograd.Function):
-    """z = h W^T, z W and z^T h, and nothing else: what any implementation computes at least. A chunk's z is in one buffer."""
+    """The products z = h W^T, z W and z^T h, and nothing else, which is what any implementation computes at least. The z of all
+    chunks share one buffer."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
@@ -60,12 +62,12 @@ class ThreeProducts(torch.autograd.Function):
 
 
 def build_products(chunk: int, config: LossConfig) -> HeadLoss:
-    """All response tokens, in chunks of so many."""
+    """Build the products alone, over all response tokens in chunks of `chunk`."""
     return lambda hidden, weight, i: ThreeProducts.apply(hidden, weight, chunk)
 
 
 def build_linear(chunk: int | None, padded: bool, config: LossConfig) -> HeadLoss:
-    """`linear_pmpo_loss`; it solves p."""
+    """Build `linear_pmpo_loss`. It solves p."""
     from pmpo_kernels import linear_pmpo_loss
 
     def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
@@ -79,7 +81,7 @@ def build_linear(chunk: int | None, padded: bool, config: LossConfig) -> HeadLos
 
 
 def build_head_pmpo(config: LossConfig) -> HeadLoss:
-    """All logits at once, then `pmpo_loss`, whose gradient is written over them; it solves p."""
+    """Build `pmpo_loss` on all logits at once, whose gradient is written over them. It solves p."""
 
     def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
         z = linear(hidden, weight)
@@ -91,7 +93,7 @@ def build_head_pmpo(config: LossConfig) -> HeadLoss:
 
 
 def eager_head_loss(hidden: Tensor, weight: Tensor, i: HeadInputs, config: LossConfig) -> Tensor:
-    """All logits at once, then the baseline on the response tokens alone; it is given p."""
+    """Loss (0-d) by the baseline on the logits of all response tokens at once. It is given p."""
     logp, entropy = eager_token_logp(
         linear(hidden, weight)[None], i.token_ids[None], config.temperature, entropy_gradient=False
     )
@@ -99,7 +101,7 @@ def eager_head_loss(hidden: Tensor, weight: Tensor, i: HeadInputs, config: LossC
 
 
 def padded_loss(logp: Tensor, entropy: Tensor, i: HeadInputs, config: LossConfig) -> Tensor:
-    """The baseline's rest, from packed logp and entropy (N,)."""
+    """Loss (0-d) by the baseline from packed logp and entropy (N,)."""
     return eager_loss_from_logp(
         i.pad(logp.float()), i.pad(entropy.float()), i.pad(i.old_logp), i.advantages, i.mask, config, i.power
     )
@@ -110,15 +112,15 @@ def build_eager(config: LossConfig) -> HeadLoss:
 
 
 def build_compiled(config: LossConfig) -> HeadLoss:
-    """Static shapes, as in `variants.build_compiled`."""
+    """Build the eager row under torch.compile with static shapes, as `variants.build_compiled` does."""
     f = torch.compile(eager_head_loss, dynamic=False)
     return lambda hidden, weight, i: f(hidden, weight, i, config)
 
 
 def build_liger(config: LossConfig) -> HeadLoss:
-    """`LigerFusedLinearGRPOLoss`, a chunk a trajectory (its default). Every argument is given: its defaults are another loss.
+    """Build `LigerFusedLinearGRPOLoss` with a chunk a trajectory, its default. Other defaults are another loss, so all are given.
 
-    Its loss from log-probs, which is O(tokens), stays eager: compiling it costs seconds a process.
+    Its loss from log-probs, which is O(tokens), stays eager, because compiling it costs seconds in each process.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -161,8 +163,8 @@ def build_liger(config: LossConfig) -> HeadLoss:
 
 
 def build_trl(config: LossConfig) -> HeadLoss:
-    """What `add_fused_lm_head` calls: the response tokens alone (as TRL does on a GPU), in its tiles of the vocabulary, with
-    the entropy as a metric; then the baseline's rest. It is given p."""
+    """Build what TRL's `add_fused_lm_head` calls: the response tokens alone (as TRL does on a GPU), in its tiles of the vocabulary,
+    with the entropy as a metric; then the rest of the baseline. It is given p."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -177,8 +179,8 @@ def build_trl(config: LossConfig) -> HeadLoss:
 
 
 def from_nll(nll: Callable[[Tensor, Tensor, Tensor, LossConfig], Tensor], config: LossConfig) -> HeadLoss:
-    """A cross entropy of each token (N,) from hidden states, whose negative is its log-prob; then the baseline's rest, without an
-    entropy, which neither package needs for it. It is given p."""
+    """Build a loss from a function that returns each token's cross entropy (N,), the negative of its log-prob, from hidden states;
+    then the rest of the baseline, without an entropy, which neither package needs for it. It is given p."""
 
     def loss(hidden: Tensor, weight: Tensor, i: HeadInputs) -> Tensor:
         logp = -nll(hidden, weight, i.token_ids, config)
@@ -188,8 +190,8 @@ def from_nll(nll: Callable[[Tensor, Tensor, Tensor, LossConfig], Tensor], config
 
 
 def liger_nll(hidden: Tensor, weight: Tensor, ids: Tensor, config: LossConfig) -> Tensor:
-    """`LigerFusedLinearScaledCrossEntropyFunction`: CuTe kernels on a Hopper GPU, elsewhere PyTorch in chunks of 512 tokens. Every
-    argument is given."""
+    """Cross entropy (N,) by `LigerFusedLinearScaledCrossEntropyFunction`: CuTe kernels on a Hopper GPU, elsewhere PyTorch in chunks
+    of 512 tokens. Every argument is given."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     return LigerFusedLinearScaledCrossEntropyFunction.apply(
@@ -198,7 +200,8 @@ def liger_nll(hidden: Tensor, weight: Tensor, ids: Tensor, config: LossConfig) -
 
 
 def torch_nll(hidden: Tensor, weight: Tensor, ids: Tensor, config: LossConfig) -> Tensor:
-    """In chunks of PyTorch's choice, projected again in the backward pass."""
+    """Cross entropy (N,) by PyTorch's `linear_cross_entropy`, in chunks of its choice, which are projected again in the backward
+    pass."""
     assert config.temperature == 1
     return torch.nn.functional.linear_cross_entropy(
         hidden, weight, ids, reduction="none", options=torch.nn.LinearCrossEntropyOptions()
@@ -206,7 +209,7 @@ def torch_nll(hidden: Tensor, weight: Tensor, ids: Tensor, config: LossConfig) -
 
 
 def products(case: HeadCase) -> list[HeadVariant]:
-    """The floor, in a few chunk sizes: the fastest of them counts."""
+    """Return the rows of the products alone, in a few chunk sizes, of which the fastest is the floor."""
     whole = case.batch * case.tokens
     sizes = [1024] if case.device == "cpu" else [4096, whole]
     return [
@@ -221,7 +224,8 @@ def products(case: HeadCase) -> list[HeadVariant]:
 
 
 def ours(case: HeadCase, brief: bool) -> list[HeadVariant]:
-    """`linear_pmpo_loss` on the packed batch; unless `brief` also padded, with other chunks, and `pmpo_loss` on all logits."""
+    """Return `linear_pmpo_loss` on the packed batch; unless `brief` also on the padded one, with other chunks, and `pmpo_loss` on
+    all logits."""
     found = [HeadVariant(OURS, FUSED, partial(build_linear, None, False))]
     if brief:
         return found
@@ -234,7 +238,8 @@ def ours(case: HeadCase, brief: bool) -> list[HeadVariant]:
 
 
 def others(case: HeadCase, compiled: bool) -> tuple[list[HeadVariant], dict[str, str]]:
-    """The baseline and the packages that compute this case's loss; and for the others the reason why they are not measured."""
+    """Return the baseline and the packages that compute this case's loss, and for the others the reason why they are not
+    measured."""
     found, skipped = [HeadVariant(EAGER.name, EAGER.group, build_eager)], {}
     if compiled:
         found.append(HeadVariant(COMPILED.name, COMPILED.group, build_compiled))
@@ -260,7 +265,7 @@ def others(case: HeadCase, compiled: bool) -> tuple[list[HeadVariant], dict[str,
 
 
 def no_liger_nll(case: HeadCase) -> str | None:
-    """Why Liger's scaled cross entropy cannot run on this case."""
+    """Why Liger's scaled cross entropy cannot run on this case, or None if it can."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "not installed (pip install liger-kernel packaging)"
     if case.device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
@@ -273,7 +278,7 @@ def no_liger_nll(case: HeadCase) -> str | None:
 
 
 def head_rows(case: HeadCase, compiled: bool, brief: bool = False) -> tuple[list[HeadVariant], dict[str, str]]:
-    """Every row of a case, and why others are not measured; `brief`: only the floor and `linear_pmpo_loss`."""
+    """Return every row of a case, and why others are not measured. `brief` asks for the floor and `linear_pmpo_loss` alone."""
     if brief:
         return [*products(case), *ours(case, brief)], {}
     found, skipped = others(case, compiled)

@@ -14,25 +14,26 @@ from typing import Annotated
 
 import torch
 import typer
-from peers import peers
+from other_packages import peers
 from rich.console import Console
 from run_figures import write_roofline, write_tokens
 from run_report import RunReport, content, reasons, speed_table, summary_table
+from stage_calls import stage_calls
 from suites import Model, Suite, choose
 
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Spread, host_overhead
-from pmpo_kernels.benchmarking.report import Report, accuracy_table, wide_console, write_json
+from pmpo_kernels.benchmarking.memory import memory_problem
+from pmpo_kernels.benchmarking.report import Report, accuracy_table, files_problem, measure, wide_console, write_json
 from pmpo_kernels.benchmarking.variants import COMPILED, Variant, variants
-from pmpo_kernels.cli.bench import check_files, check_memory, measure, memory_problem
 
 TOKENS_FIGURE = "run-tokens.png"
 WHY_NOT = {None: "in the first case only, unless --compile", False: "left out by --no-compile"}
 
 
 def chosen_variants(case: Case, left_out: str | None) -> tuple[list[Variant], dict[str, str]]:
-    """Every row of a case, and for the others the reason why they are not measured; `left_out` is that of torch.compile."""
+    """Return every row of a case, and for the others the reason why they are not measured; `left_out` is that of torch.compile."""
     ours, skipped = variants(case.device, check_interpreted=True)
     others, missing = peers(case)
     if left_out:
@@ -54,7 +55,7 @@ def run_case(case: Case, repeats: int, left_out: str | None, memory: bool, out: 
     def save(comparison: Comparison) -> None:
         write_json(content(report_of(comparison, {}), complete=False), json_path)
 
-    comparison = measure(case, chosen, repeats, [setting], console, memory, save)
+    comparison = measure(case, chosen, repeats, [setting], console, memory, save, stage_calls)
     right = [v for v, row in zip(chosen, comparison.rows, strict=True) if not row.problem]
     report = report_of(comparison, host_overhead(case, right, repeats))
     write_json(content(report), json_path)
@@ -70,12 +71,12 @@ def run_case(case: Case, repeats: int, left_out: str | None, memory: bool, out: 
 
 
 def files(case: Case, out: Path) -> tuple[Path, Path]:
-    """What a case writes."""
+    """Paths of the JSON file and the picture of a case."""
     return out / f"run-{case.name}.json", out / f"run-{case.name}.png"
 
 
 def those_that_fit(cases: list[Case], console: Console) -> list[Case]:
-    """Without those that need more memory than there is, which are named; all of them if not one fits."""
+    """Return the cases without those that need more memory than there is, which are named; all of them if not one fits."""
     problems = {case: memory_problem(case) for case in cases}
     fitting = [case for case, problem in problems.items() if problem is None]
     for case, problem in problems.items():
@@ -130,8 +131,12 @@ def main(
     console = wide_console()
     if not (model or dtype or preset or tokens or batch):
         cases = those_that_fit(cases, console)
-    check_files([*(path for case in cases for path in files(case, out)), out / TOKENS_FIGURE], overwrite)
-    check_memory(cases, "--model, --tokens, --batch, --dtype")
+    if problem := files_problem(
+        [*(path for case in cases for path in files(case, out)), out / TOKENS_FIGURE], overwrite
+    ):
+        raise typer.BadParameter(problem, param_hint="--out")
+    if problem := memory_problem(*cases):
+        raise typer.BadParameter(problem, param_hint="--model, --tokens, --batch, --dtype")
     reports = []
     for number, case in enumerate(cases):
         left_out = None if compiled or (compiled is None and number == 0) else WHY_NOT[compiled]

@@ -17,14 +17,14 @@ MARKERS = "osD^vPX*"
 
 
 def bars(report: RunReport) -> dict[str, dict[str, Spread]]:
-    """Milliseconds by pass: of each call that was timed, and of each stage alone that passes over the logits."""
+    """Return the milliseconds by pass of each call that was timed, and of each stage alone that passes over the logits."""
     found = {name: {one: getattr(timing, one) for one in PASSES[:2]} for name, timing in report.timed.items()}
     stages = report.base.comparison.stages
     return found | {f"stage {name}": {PASS_OF[name]: stages[name]} for name in stages if name in PASS_OF}
 
 
 def write_roofline(report: RunReport, path: Path) -> None:
-    """Forward and backward of each call and stage as a share of the bandwidth of a copy, which is the roof."""
+    """Draw forward and backward of each call and stage as a share of the bandwidth of a copy, which is the roof."""
     found = bars(report)
     fig, ax = plt.subplots(figsize=(8, 1.6 + 0.6 * max(len(found), 1)), layout="constrained")
     for k, name in enumerate(PASSES[:2]):
@@ -46,7 +46,7 @@ def write_roofline(report: RunReport, path: Path) -> None:
 
 
 def series(reports: list[RunReport]) -> dict[str, Points]:
-    """By model, dtype and loss: for each row its (tokens, median ms of forward and backward); only where tokens differ."""
+    """Return by model, dtype and loss, for each row, its (tokens, median ms of forward and backward), where the tokens differ."""
     found: dict[str, Points] = {}
     for report in reports:
         case = report.base.case
@@ -64,7 +64,8 @@ def series(reports: list[RunReport]) -> dict[str, Points]:
 
 
 def write_tokens(reports: list[RunReport], path: Path) -> bool:
-    """Time of forward and backward against B x T, a line a row, a panel a loss; False if no loss has two points."""
+    """Draw the time of forward and backward against B x T, a line for each row, a panel for each loss. Return False if no loss has
+    two points."""
     panels = series(reports)
     if not panels:
         return False

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peers import versions
+from other_packages import versions
 from rich.table import Table
 from rich.text import Text
+from traffic import Traffic, copy_bandwidth, model_bytes, share
 
 from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import LIMITS
 from pmpo_kernels.benchmarking.comparison import Spread, Timing
 from pmpo_kernels.benchmarking.report import P_NOTE, Report, ms
 from pmpo_kernels.benchmarking.report import content as base_content
-from pmpo_kernels.benchmarking.traffic import copy_bandwidth, share
 from pmpo_kernels.benchmarking.variants import FUSED
 
 PASSES = ("forward", "backward", "both")
@@ -27,7 +27,7 @@ PASS_OF = {
 
 @dataclass(frozen=True)
 class RunReport:
-    """A finished case; `host`: microseconds of host time of a forward and backward on a tiny batch, by row."""
+    """A finished case. `host` is, by row, the host time of a forward and backward on a tiny batch, in microseconds."""
 
     base: Report
     setting: Allocator
@@ -35,12 +35,12 @@ class RunReport:
 
     @property
     def timed(self) -> dict[str, Timing]:
-        """By row; a row that is wrong or could not run is not here."""
+        """Timings by row. A row that is wrong or could not run is not among them."""
         return {row.name: row.timings[self.setting] for row in self.base.rows if self.setting in row.timings}
 
     @property
     def ours_name(self) -> str | None:
-        """The first fused row that was timed: out of place."""
+        """Name of the first fused row that was timed, the one out of place."""
         return next((row.name for row in self.base.rows if row.group == FUSED and row.name in self.timed), None)
 
     @property
@@ -48,8 +48,14 @@ class RunReport:
         return self.timed[self.ours_name] if self.ours_name else None
 
     @property
+    def traffic(self) -> Traffic:
+        """The fewest bytes that a pass can move."""
+        comparison = self.base.comparison
+        return model_bytes(self.base.case, comparison.unmasked_rows, comparison.gradient_rows)
+
+    @property
     def bandwidth(self) -> float | None:
-        """Bytes a second of the copy measured between the rounds; None where nothing was timed."""
+        """Bytes a second of the copy that was measured between the rounds; None where nothing was timed."""
         floor = self.base.floor
         return copy_bandwidth(self.base.case, floor["copy"].median) if "copy" in floor else None
 
@@ -60,23 +66,23 @@ class RunReport:
         return stages["trajectory"].median / self.ours.both.median if stages and self.ours else None
 
     def share(self, name: str, spread: Spread) -> float:
-        """Of the copy bandwidth: the model bytes of a pass over what a copy moves in that time."""
+        """Share of the copy bandwidth: the model bytes of a pass over what a copy moves in that time."""
         assert self.bandwidth is not None
-        return share(getattr(self.base.comparison.traffic, name), spread.median, self.bandwidth)
+        return share(getattr(self.traffic, name), spread.median, self.bandwidth)
 
     def call_shares(self, timing: Timing) -> dict[str, float]:
-        """Of a whole call, by pass."""
+        """Shares of the copy bandwidth of a whole call, by pass."""
         return {name: self.share(name, getattr(timing, name)) for name in PASSES}
 
     @property
     def stage_shares(self) -> dict[str, float]:
-        """Of each stage that passes over the logits, alone."""
+        """Share of the copy bandwidth of each stage alone that passes over the logits."""
         stages = self.base.comparison.stages
         return {name: self.share(PASS_OF[name], spread) for name, spread in stages.items() if name in PASS_OF}
 
 
 def speed_table(report: RunReport) -> Table:
-    """A line a row that was run; one with a problem has no times, see `reasons`."""
+    """Make the table of times, a line for each row that was run. One with a problem has no times, see `reasons`."""
     out = Table(title=report.base.title, caption=caption(report), caption_justify="left")
     out.add_column("variant")
     for name in PASSES:
@@ -102,14 +108,14 @@ def speed_table(report: RunReport) -> Table:
 
 
 def reasons(report: RunReport) -> list[str]:
-    """Why rows have no times or are not there, a line each."""
+    """Return, a line each, why rows have no times or are not there."""
     problems = [f"no times: {row.name} ({row.problem})" for row in report.base.rows if row.problem]
     return problems + [f"not measured: {name} ({reason})" for name, reason in report.base.skipped.items()]
 
 
 def caption(report: RunReport) -> str:
-    """What the figures of a case's table mean."""
-    base, traffic = report.base, report.base.comparison.traffic
+    """Return the text that says what the figures of the table mean."""
+    base, traffic = report.base, report.traffic
     parts = [
         f"Median (quartiles) of {base.repeats} interleaved rounds. {base.zero_rows:.0%} of the rows have no gradient. "
         f"Model: forward {traffic.forward / 1e9:.3g} GB, backward {traffic.backward / 1e9:.3g} GB."
@@ -128,8 +134,8 @@ def caption(report: RunReport) -> str:
 
 
 def summary_table(reports: list[RunReport]) -> Table:
-    """A line a case: our times, and shares of a copy's bandwidth: of the stage, and of the whole call; the backward also
-    over that of the same case without rows that it may skip."""
+    """Make the table of all cases, a line for each: our times; shares of a copy's bandwidth, of the stage and of the whole call;
+    and the backward over that of the same case without rows that it may skip."""
     out = Table(title="this package, out of place")
     out.add_column("case")
     shares = (f"{what} share: {name}" for name in PASSES[:2] for what in ("stage", "call"))
@@ -157,17 +163,17 @@ def summary_table(reports: list[RunReport]) -> Table:
 
 
 def shape(report: RunReport) -> tuple[Any, ...]:
-    """What two cases that differ in their fractions alone have in common."""
+    """Return what two cases have in common that differ in their fractions alone."""
     return tuple(value for name, value in asdict(report.base.case).items() if name not in LIMITS)
 
 
 def stage_share_of_copy(report: RunReport) -> dict[str, float]:
-    """By pass, out of place: what a target for the bandwidth is held against."""
+    """Share of the copy bandwidth by pass, out of place, which the targets are compared with."""
     return {PASS_OF[name]: value for name, value in report.stage_shares.items() if name != "dlogits_"}
 
 
 def content(report: RunReport, complete: bool = True) -> dict[str, Any]:
-    """All figures with what they depend on; `complete`: the case is done."""
+    """Return all figures and what they depend on. `complete` says that the case is done."""
     found = {"complete": complete, **base_content(report.base)}
     found["versions"] |= versions()
     for row, entry in zip(report.base.rows, found["results"], strict=True):
@@ -177,7 +183,7 @@ def content(report: RunReport, complete: bool = True) -> dict[str, Any]:
     comparison = report.base.comparison
     found["ours"] = report.ours_name
     found["power"] = comparison.power
-    found["model_bytes"] = {name: getattr(comparison.traffic, name) for name in PASSES}
+    found["model_bytes"] = {name: getattr(report.traffic, name) for name in PASSES}
     found["copy_bytes_a_second"] = report.bandwidth
     found["stages"] = {name: stage_figures(report, name) for name in comparison.stages}
     found["stage_share_of_copy"] = stage_share_of_copy(report)
@@ -188,9 +194,9 @@ def content(report: RunReport, complete: bool = True) -> dict[str, Any]:
 
 
 def stage_figures(report: RunReport, name: str) -> dict[str, Any]:
-    """Milliseconds of a stage, the fewest bytes that it can move, and at which rate."""
+    """Return the milliseconds of a stage, the fewest bytes that it can move, and the rate at which it moves them."""
     spread = report.base.comparison.stages[name]
-    moved = getattr(report.base.comparison.traffic, PASS_OF[name]) if name in PASS_OF else None
+    moved = getattr(report.traffic, PASS_OF[name]) if name in PASS_OF else None
     rate = None if moved is None else 1e-6 * moved / spread.median
     return asdict(spread) | {
         "bytes": moved,

@@ -4,7 +4,7 @@ python benchmarks/stages.py --out benchmarks/results/<machine>
 
 On a GPU, or with --impl triton: the Triton kernels beside a copy of the logits, PMPO with p solved, trajectories of 4,096 and
 of 32,768 tokens (`stages_triton.py`); writes stages-triton.json and .png. Else the C++ kernels: bytes moved, and arithmetic on
-data in the cache; writes stages.json and .png, which `benchmarks/readme_table.py` puts into docs/performance_cpu.md.
+data in the cache; writes stages.json and .png, which `tools/readme_table.py` puts into docs/performance_cpu.md.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from stages_triton import measure_triton
 from suites import TINY_SCALE, rehearsal, solved
 
 from pmpo_kernels import LossConfig, pmpo_loss
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.benchmarking.allocator import Allocator, page_faults, using
 from pmpo_kernels.benchmarking.cases import Case, Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.machine import provenance
-from pmpo_kernels.benchmarking.report import wide_console, write_json
-from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.benchmarking.report import files_problem, wide_console, write_json
 from pmpo_kernels.impls import USABLE, available_impls
 from pmpo_kernels.ops import stage
 
@@ -48,7 +48,7 @@ Functions = dict[str, Callable[[], object]]
 
 
 def median_times(functions: Functions, repeats: int, before: Callable[[], object] = lambda: None) -> dict[str, Spread]:
-    """Milliseconds of each function, interleaved; `before` is not timed."""
+    """Return the milliseconds of each function, timed in turn. `before` runs before each and is not timed."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for r in range(repeats + 2):  # two rounds to warm up
         for name, f in functions.items():
@@ -61,7 +61,7 @@ def median_times(functions: Functions, repeats: int, before: Callable[[], object
 
 
 def stage_functions(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[Functions, Callable[[], object]]:
-    """What is timed on these logits, and what restores the copy that `dlogits` in place has overwritten."""
+    """Return what is timed on these logits, and a function that restores the copy that `dlogits` in place has overwritten."""
     work, ids = logits.clone(), token_ids
     _, row_max, row_sum, entropy = stage("token_logp", "cpp")(logits, ids, None, 1.0)
     saved = (ids, None, row_max, row_sum, entropy)
@@ -79,7 +79,7 @@ def stage_functions(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[Func
 
 
 def fresh_memory(logits: torch.Tensor, token_ids: torch.Tensor, repeats: int) -> dict[str, Any]:
-    """`dlogits` into fresh memory with the default allocator, and a plain copy into it: ms and page faults."""
+    """Time `dlogits` into fresh memory with the default allocator, and a plain copy into it: ms and page faults."""
     functions, _ = stage_functions(logits, token_ids)
     out: dict[str, Any] = {}
     chosen = {"dlogits": functions["dlogits"], "clone": logits.clone}
@@ -92,14 +92,14 @@ def fresh_memory(logits: torch.Tensor, token_ids: torch.Tensor, repeats: int) ->
 
 
 def trajectory_share(repeats: int) -> dict[str, Any]:
-    """The trajectory stage with p solved, and the whole step that it is part of, float32 in place."""
+    """Time the trajectory stage with p solved, and the whole step that it is part of, float32 in place."""
     B, T, V = LONG
     i = build_inputs(Case(vocab=V, batch=B, tokens=T))
     config = LossConfig.pmpo(full_clip_fraction=0.5)
     logits = i.logits.clone().requires_grad_()
     logp, _, _, entropy = stage("token_logp", "cpp")(i.logits, i.token_ids, i.mask, 1.0)
     options = list(config.trajectory_options(has_power=False, has_target_ess=False))
-    args = (logp.flatten(), i.old_logp.flatten(), i.advantages, i.mask.flatten(), torch.tensor([0, T]))
+    batch = Batch(i.advantages, torch.tensor([0, T]), old_logp=i.old_logp.flatten(), mask=i.mask.flatten())
     power: list[float] = []
 
     def step() -> None:
@@ -108,9 +108,7 @@ def trajectory_share(repeats: int) -> dict[str, Any]:
         power.append(float(out.power))
 
     functions: Functions = {
-        "trajectory": lambda: stage("trajectory", "cpp")(
-            *args, None, None, entropy.flatten(), None, None, None, options
-        ),
+        "trajectory": lambda: stage("trajectory", "cpp")(logp.flatten(), entropy.flatten(), *batch, options),
         "step": step,
     }
     times = median_times(functions, repeats, lambda: logits.detach().copy_(i.logits))
@@ -119,14 +117,14 @@ def trajectory_share(repeats: int) -> dict[str, Any]:
 
 
 def cached_times(dtype: Dtype, rows: int, repeats: int) -> dict[str, float]:
-    """Median ms of each stage on a few rows."""
+    """Return the median ms of each stage on a few rows."""
     cached = build_inputs(Case(batch=1, tokens=rows, vocab=CACHED_V, dtype=dtype))
     functions, restore = stage_functions(cached.logits, cached.token_ids)
     return {name: spread.median for name, spread in median_times(functions, repeats, restore).items()}
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """One dtype: into fresh memory, then stages with one thread and with all, on large and on cached logits."""
+    """Measure one dtype: into fresh memory, then the stages with one thread and with all, on large and on cached logits."""
     threads = torch.get_num_threads()
     inputs = build_inputs(case)
     out: dict[str, Any] = {"logits_bytes": case.logits_bytes, "threads": {}}
@@ -145,7 +143,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
 
 
 def figure(content: dict[str, Any], path: Path) -> None:
-    """Time of each stage beside the floor that it cannot beat, all threads."""
+    """Draw the time of each stage beside the floor that it cannot beat, with all threads."""
     kinds = content["dtypes"]
     names = ["token_logp", "dlogits, in place", "dlogits with entropy, in place", "dlogits"]
     fig, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 2.6), sharey=True, layout="constrained")
@@ -165,14 +163,14 @@ def figure(content: dict[str, Any], path: Path) -> None:
 
 
 class Impl(str, Enum):
-    """Whose stages."""
+    """Implementation whose stages are timed."""
 
     cpp = "cpp"
     triton = "triton"
 
 
 def measure_cpp(shape: tuple[int, int, int], repeats: int, files: dict[str, Path], console: Console) -> None:
-    """Both dtypes and a long trajectory; the file is renewed after each."""
+    """Measure both dtypes and a long trajectory. The file is renewed after each."""
     batch, tokens, vocab = shape
     kinds: dict[str, Any] = {}
     content = {
@@ -188,7 +186,7 @@ def measure_cpp(shape: tuple[int, int, int], repeats: int, files: dict[str, Path
         task = progress.add_task("", total=len(cases) + 1)
         for case in cases:
             progress.update(task, description=case.name, refresh=True)
-            # a fresh process each: memory that one has kept would spare the next one its page faults
+            # each in a fresh process, because memory kept by one would spare the next its page faults
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
                 kinds[case.dtype.value] = fresh.submit(measure, case, repeats).result()
             write_json(content, files["json"])
@@ -210,7 +208,8 @@ def measure_cpp(shape: tuple[int, int, int], repeats: int, files: dict[str, Path
 
 
 def triton_cases(tiny: bool, vocab: int | None, batch: int | None, tokens: int | None) -> list[Case]:
-    """PMPO with p solved on two trajectories of 4,096 tokens and on one of 32,768; or the one shape that is given."""
+    """Return the cases: PMPO with p solved on two trajectories of 4,096 tokens and on one of 32,768, or the one shape that is
+    given."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = solved(device, TINY_SCALE if tiny else 1)
     if tiny:
@@ -246,7 +245,8 @@ def main(
             f"expected an implementation that runs here, got one that does not: {status}", param_hint="--impl"
         )
     files = {kind: out / f"stages{'-triton' if triton else ''}.{kind}" for kind in ("json", "png")}
-    check_files(list(files.values()), overwrite)
+    if problem := files_problem(list(files.values()), overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
     out.mkdir(parents=True, exist_ok=True)
     console, wrong = wide_console(), False
     if triton:

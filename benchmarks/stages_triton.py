@@ -9,23 +9,24 @@ import torch
 from rich.console import Console
 from run_figures import write_roofline
 from run_report import RunReport, content, reasons, speed_table
+from stage_calls import stage_calls
 
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.comparison import Comparison
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import TIME_METHOD
-from pmpo_kernels.benchmarking.report import Report, write_json
+from pmpo_kernels.benchmarking.memory import memory_problem
+from pmpo_kernels.benchmarking.report import Report, measure, write_json
 from pmpo_kernels.benchmarking.variants import INTERPRETED, fused_variants
-from pmpo_kernels.cli.bench import measure, memory_problem
 from pmpo_kernels.impls import interpreted
 
 
 def measure_triton(cases: list[Case], repeats: int, files: dict[str, Path], console: Console) -> bool:
     """Check the fused calls against float64, then time them, their stages, and a read and a copy of the logits, interleaved.
 
-    The file is renewed after each round. A case that needs more memory than there is is named and left out. Whether a
-    result was wrong, which has no times.
+    The file is renewed after each round. A case that needs more memory than there is is named and left out. Returns whether a
+    result was wrong; a wrong one has no times.
     """
     found: dict[str, Any] = {
         "complete": False,
@@ -50,7 +51,7 @@ def measure_triton(cases: list[Case], repeats: int, files: dict[str, Path], cons
 
 
 def measure_case(case: Case, repeats: int, found: dict[str, Any], path: Path, console: Console) -> RunReport:
-    """One case, the last of `found["cases"]`."""
+    """Measure one case, the last of `found["cases"]`."""
     setting = allocators(case.device)[-1]
     done = found["cases"]
 
@@ -61,7 +62,9 @@ def measure_case(case: Case, repeats: int, found: dict[str, Any], path: Path, co
         found["cases"] = [*done, content(report_of(comparison), complete)]
         write_json(found, path)
 
-    comparison = measure(case, fused_variants("triton"), repeats, [setting], console, memory=False, save=save)
+    comparison = measure(
+        case, fused_variants("triton"), repeats, [setting], console, memory=False, save=save, stages=stage_calls
+    )
     save(comparison, complete=True)
     report = report_of(comparison)
     console.print(speed_table(report))

@@ -27,8 +27,8 @@ HALF_ZERO_ADVANTAGE = {**NO_ZEROS, "zero_advantage": 0.5}
 
 
 class Suite(str, Enum):
-    """`main`: the case that is asked for most. `more`: what rows without a gradient save, sequences, p solved, a row of
-    32,768 tokens. `quick`: both and two others. `full`: every model, dtype and kind of loss, T from 512 to 32,768."""
+    """Which cases to measure. `main`: the one that is wanted most. `more`: what rows without a gradient save, sequences, p solved,
+    a row of 32,768 tokens. `quick`: both and two others. `full`: every model, dtype and kind of loss, T from 512 to 32,768."""
 
     main = "main"
     more = "more"
@@ -39,7 +39,7 @@ class Suite(str, Enum):
 def case(
     model: str, batch: int, tokens: int, dtype: str, preset: str, device: str, fractions: dict[str, float] | None = None
 ) -> Case:
-    """A case with a model's vocabulary; `fractions` replaces the usual ones."""
+    """Make a case with a model's vocabulary. `fractions` replaces the usual ones."""
     return Case(
         vocab=MODELS[model],
         batch=batch,
@@ -53,7 +53,7 @@ def case(
 
 
 def solved(device: str, scale: int) -> list[Case]:
-    """PMPO with p solved on whole trajectories: two of 4,096 tokens, one of 32,768."""
+    """Return PMPO with p solved on whole trajectories: two of 4,096 tokens, one of 32,768."""
     return [
         case("qwen2.5", batch, tokens // scale, "bfloat16", "pmpo", device, WHOLE)
         for batch, tokens in ((2, 4096), (1, 32768))
@@ -61,10 +61,11 @@ def solved(device: str, scale: int) -> list[Case]:
 
 
 def suite(name: Suite, device: str, scale: int | None = None) -> list[Case]:
-    """Token and sequence level losses beside Liger's, lengths, and how much rows without a gradient save; trajectories are
-    `scale` times shorter, by default `CPU_SCALE` on a CPU.
+    """Return the cases of a suite: losses of token and sequence level beside Liger's, lengths, and what rows without a gradient
+    save.
 
-    The pmpo cases solve p. On a GPU the logits take 2.5 to 10 GB (quick) or 0.3 to 10 GB (full).
+    The pmpo cases solve p. Trajectories are `scale` times shorter, by default `CPU_SCALE` on a CPU. On a GPU the logits take 2.5 to
+    10 GB (quick) or 0.3 to 10 GB (full).
     """
     scale = scale or (1 if device != "cpu" else CPU_SCALE)
     # what is asked most first: a run that is stopped has written the cases before
@@ -101,9 +102,9 @@ def choose(
     fractions: dict[str, float],
     tiny: bool = False,
 ) -> list[Case]:
-    """The suite; or, if an axis is given, all combinations of what is given, with one usual value for each other axis.
+    """Return the suite or, if an axis is given, all combinations of what is given, with one usual value for each other axis.
 
-    `fractions` replaces those of every case. `tiny`: see `rehearsal`.
+    `fractions` replaces those of every case. `tiny` makes it a `rehearsal`.
     """
     scale = TINY_SCALE if tiny else CPU_SCALE if device == "cpu" else 1
     cases = suite(name, device, scale)
@@ -119,5 +120,5 @@ def choose(
 
 
 def rehearsal(cases: list[Case]) -> list[Case]:
-    """The same with a vocabulary of `TINY_VOCAB`, to see that everything runs: its times say nothing."""
+    """Return the same cases with a vocabulary of `TINY_VOCAB`, to see that everything runs. Their times say nothing."""
     return [replace(case, vocab=TINY_VOCAB, model="tiny") for case in cases]

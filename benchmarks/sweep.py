@@ -2,9 +2,10 @@
 
 python benchmarks/sweep.py --out benchmarks/results/<machine>
 
-Threads a program, bytes a thread and step, asynchronous copies, prefetch, the cache's policy; and for few rows, programs a row.
-Every setting is checked to give the bits, or within rounding the values, of the default before it is timed, in turn with the
-default. sweep.json is renewed after every setting, the most plausible ones first, so that an interrupt loses none.
+It varies the threads of a program, the bytes of a thread and step, asynchronous copies, prefetch, the cache's policy and, for few
+rows, the programs of a row. Before a setting is timed, in turn with the default, it is checked to give the default's bits or,
+within rounding, its values. sweep.json is renewed after every setting, the most plausible ones first, so that an interrupt loses
+none.
 
 TRITON_INTERPRET=1 python benchmarks/sweep.py --vocab 5000 --rows 2 --repeats 1     a rehearsal; its times say nothing
 """
@@ -30,8 +31,7 @@ from pmpo_kernels.benchmarking.cases import Dtype
 from pmpo_kernels.benchmarking.comparison import Spread
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import lap, rotating
-from pmpo_kernels.benchmarking.report import wide_console, write_json
-from pmpo_kernels.cli.bench import check_files
+from pmpo_kernels.benchmarking.report import files_problem, wide_console, write_json
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
 from pmpo_kernels.triton.launch import DLOGITS, TOKEN_LOGP, LaunchConfig, Step, capability, launch_config
@@ -41,7 +41,7 @@ WARMUP = 2
 
 
 class Setting(NamedTuple):
-    """What a program does at a time, and whether rows are shared by programs (None: as launch_config decides)."""
+    """One setting: a program's step, and whether rows are shared by programs (None for what launch_config decides)."""
 
     step: Step
     shared: bool | None = None
@@ -56,7 +56,7 @@ class Setting(NamedTuple):
 
 
 def steps(name: str) -> list[Step]:
-    """Alternatives of a stage, the default first, then what its binaries let expect most of."""
+    """Return the alternatives of a stage, the default first, then those of whose binaries most is to be expected."""
     if name == "token_logp":
         further = [
             Step(128, 64),
@@ -91,7 +91,7 @@ def steps(name: str) -> list[Step]:
 
 
 def config_of(name: str, setting: Setting, V: int, dtype: torch.dtype, arch: str, rows: int) -> LaunchConfig:
-    """`launch_config` with the setting of one stage."""
+    """Return what `launch_config` chooses, with this setting for one stage."""
     given = {name: setting.step}
     found = launch_config(V, dtype, arch, rows, **given)
     if setting.shared is None:
@@ -102,7 +102,7 @@ def config_of(name: str, setting: Setting, V: int, dtype: torch.dtype, arch: str
 
 @contextmanager
 def launching(name: str, setting: Setting) -> Iterator[None]:
-    """A stage launched with this setting until the end of the block."""
+    """Launch a stage with this setting until the end of the block."""
     module = importlib.import_module(f"pmpo_kernels.triton.{name}")
     chosen = module.launch_config
     module.launch_config = lambda *args: config_of(name, setting, *args)
@@ -113,7 +113,7 @@ def launching(name: str, setting: Setting) -> Iterator[None]:
 
 
 def stages(rows: int, V: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Any]]:
-    """Each stage on random logits (1, rows, V), every row with a gradient."""
+    """Return each stage as a function on random logits (1, rows, V), where every row has a gradient."""
     random = torch.Generator(device).manual_seed(0)
     logits = torch.empty(1, rows, V, dtype=dtype, device=device)
     for row in range(0, rows, 1024):
@@ -129,8 +129,8 @@ def stages(rows: int, V: int, dtype: torch.dtype, device: str) -> dict[str, Call
 
 
 def agrees(name: str, step: Step, got: Any, want: Any) -> bool:
-    """The same bits; but sums in other lanes each within half an eps for each of at most 64 columns a step, 128 steps, and 64
-    for the rest."""
+    """Whether two results agree: in their bits, or, if a setting sums in other lanes, within 256 eps. That is half an eps for each
+    of at most 64 columns a step, 128 steps, and 64 for the rest."""
     if name == "dlogits":
         return torch.equal(got, want)
     if step[:2] == TOKEN_LOGP[:2]:
@@ -140,7 +140,8 @@ def agrees(name: str, step: Step, got: Any, want: Any) -> bool:
 
 
 def compare(name: str, f: Callable[[], Any], setting: Setting, repeats: int, cuda: bool) -> tuple[Spread, Spread] | str:
-    """Milliseconds with a setting and of the default, in turn; or why there are none: it is wrong or cannot run."""
+    """Return the milliseconds with a setting and those of the default, measured in turn, or why there are none: it is wrong or
+    cannot run."""
     want: Tensor | tuple[Tensor, ...] = f()
     with launching(name, setting):
         try:
@@ -159,7 +160,7 @@ def compare(name: str, f: Callable[[], Any], setting: Setting, repeats: int, cud
 
 
 def plan(rows: int) -> Iterator[tuple[str, int, Setting]]:
-    """(stage, rows, setting): the steps of both stages in turn, then programs a row for few rows."""
+    """Yield stage, number of rows and setting: the steps of both stages in turn, then programs a row for few rows."""
     pairs = zip_longest(*([(name, rows, Setting(step)) for step in steps(name)] for name in STAGES))
     yield from (planned for pair in pairs for planned in pair if planned)
     for few in (count for count in (16, 132, 264, 528, 1056, 1, 66) if count < rows):
@@ -181,7 +182,8 @@ def main(
         expected = "a GPU visible to PyTorch, or TRITON_INTERPRET=1 for a rehearsal"
         raise typer.BadParameter(f"expected {expected}, got neither", param_hint="sweep.py")
     path = out / "sweep.json"
-    check_files([path], overwrite)
+    if problem := files_problem([path], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
     out.mkdir(parents=True, exist_ok=True)
     device, kind = "cuda" if cuda else "cpu", getattr(torch, dtype.value)
     arch = capability(torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))

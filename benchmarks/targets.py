@@ -1,4 +1,4 @@
-"""The targets on a GPU, and what the results of `gpu.sh` say of each: target, measured, met or not.
+"""The targets on a GPU, and what the results of `gpu.sh` say of each: the target, the figure, and whether it is met.
 
 python benchmarks/targets.py benchmarks/results/<machine>
 
@@ -29,17 +29,17 @@ class Results(NamedTuple):
     def run(
         self, preset: str, clipped: float | None = 0, zero_advantage: float = 0, batch: int | None = None
     ) -> Content:
-        """The case, {} if there is none; `clipped` of None is whatever it is."""
+        """Return the case of this preset and these fractions, {} if there is none. `clipped` of None stands for any."""
         wanted = {"preset": preset, "clipped": clipped, "zero_advantage": zero_advantage, "batch": batch, "padded": 0}
         return find(self.runs, {name: value for name, value in wanted.items() if value is not None})
 
     def head(self, zero_advantage: float = 0) -> Content:
-        """The case of GRPO with some of the trajectories at A = 0; {} if there is none."""
+        """Return the case of GRPO with this fraction of the trajectories at A = 0, {} if there is none."""
         return find(self.heads, {"preset": "grpo", "clipped": 0, "zero_advantage": zero_advantage})
 
 
 class Target(NamedTuple):
-    """`read` finds the figure, None where it was not measured, and the case that it is from."""
+    """A target: `read` returns the figure, None where it was not measured, and the case that it is from."""
 
     name: str
     limit: float
@@ -59,13 +59,13 @@ class Target(NamedTuple):
 
 
 def find(cases: list[Content], wanted: dict[str, Any], *models: str) -> Content:
-    """The first case with these fields, by default of the model that the targets are about, else of a rehearsal."""
+    """Return the first case with these fields, by default of the model that the targets are about, else of a rehearsal."""
     found = [c for c in cases if all(c["case"][name] == value for name, value in wanted.items())]
     return next((c for model in models or (MODEL, "tiny") for c in found if c["case"]["model"] == model), {})
 
 
 def at(content: Content | None, *path: str) -> Any:
-    """The entry at this path, None where there is none."""
+    """Return the entry at this path, None where there is none."""
     for name in path:
         content = content.get(name) if content else None
     return content
@@ -76,7 +76,7 @@ def row(content: Content, name: str | None) -> Content:
 
 
 def ours(content: Content, suffix: str = "") -> Content:
-    """The row of this package, out of place."""
+    """Return the row of this package, out of place, {} if there is none."""
     name = content.get("ours")
     return row(content, name + suffix if name else None)
 
@@ -103,7 +103,7 @@ def trajectory(r: Results) -> tuple[float | None, Content]:
 
 
 def over(name: str, preset: str = "grpo") -> Callable[[Results], tuple[float | None, Content]]:
-    """Time of a row over ours."""
+    """Make the `read` of a target: the time of a row over ours."""
     return lambda r: (row(r.run(preset), name).get("both_over_ours"), r.run(preset))
 
 
@@ -116,7 +116,7 @@ def memory(suffix: str) -> Callable[[Results], tuple[float | None, Content]]:
 
 
 def backward_of_half(**fraction: float) -> Callable[[Results], tuple[float | None, Content]]:
-    """Its time over that of the full case."""
+    """Make the `read` of a target: the backward of a case with these fractions over that of the full case."""
 
     def read(r: Results) -> tuple[float | None, Content]:
         half = r.run("grpo", **fraction)
@@ -126,7 +126,7 @@ def backward_of_half(**fraction: float) -> Callable[[Results], tuple[float | Non
 
 
 def ratio(content: Content, start: str) -> float | None:
-    """The figure of `head.py` whose name begins so."""
+    """Return the figure of `head.py` whose name begins with `start`, None where there is none."""
     return next((x["value"] for x in content.get("ratios", []) if x["name"].startswith(start)), None)
 
 
@@ -135,7 +135,8 @@ def head(start: str) -> Callable[[Results], tuple[float | None, Content]]:
 
 
 def head_of_half(r: Results) -> tuple[float | None, Content]:
-    """Both over the products of their own rounds, so that a machine that has become slower changes nothing."""
+    """Return the time with half of the trajectories at A = 0 over that of the full case. Each is taken over the products of its own
+    rounds, so that a machine that has become slower changes nothing."""
     return quotient(ratio(r.head(0.5), PRODUCTS), ratio(r.head(), PRODUCTS)), r.head(0.5)
 
 
@@ -161,7 +162,7 @@ TARGETS = (
 
 
 def load(folder: Path, since: float = 0) -> Results:
-    """What there is of a call of `gpu.sh`, finished or not; what was written before `since` is marked."""
+    """Read what there is of a call of `gpu.sh`, finished or not. What was written before `since` is marked."""
 
     def cases(pattern: str) -> list[Content]:
         found = []
@@ -176,7 +177,7 @@ def load(folder: Path, since: float = 0) -> Results:
 
 
 def state(target: Target, results: Results) -> tuple[str, str]:
-    """(measured, whether met). Without a GPU, or of another model, it is a rehearsal."""
+    """Return the figure, and whether it meets the target, as text. Without a GPU, or with another model, it is a rehearsal."""
     value, content = target.read(results)
     if value is None:
         return "-", "not measured"
@@ -187,7 +188,7 @@ def state(target: Target, results: Results) -> tuple[str, str]:
 
 
 def listed() -> list[str]:
-    """The targets as a list for documentation."""
+    """Return the targets as a list for the documentation."""
     return [f"- {target.name}: {target.bound}" for target in TARGETS]
 
 

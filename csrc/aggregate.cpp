@@ -1,13 +1,12 @@
-// Stage `aggregate`: from the statistics of trajectories to the loss and the metrics.
+// Stage `aggregate`: makes loss and metrics of the trajectories' statistics.
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "stats.h"
+#include "contract.h"
 #include "tensors.h"
 
 namespace pmpo {
@@ -15,33 +14,17 @@ namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-// `Aggregation` of aggregate.py, member for member.
-struct Options {
-  double by_tokens, beta, entropy_coef, limit, entropy_factor;
-
-  explicit Options(const std::vector<double>& values) {
-    expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of Aggregation");
-    std::memcpy(this, values.data(), sizeof(Options));
-  }
-};
-
-// `METRICS` of aggregate.py in its order.
-namespace metric {
-enum Metric {
-  CLIP_FRACTION_LOW, CLIP_FRACTION_HIGH, RATIO_MEAN, APPROX_KL, REF_KL, ENTROPY, POWER_MEAN, ESS, ESS_TARGET, POLICY_LOSS,
-  TOKENS, TRAJECTORIES, RATIO_MAX, POWER_MAX, POWER_MIN, CLIP_FRACTION, NUM_METRICS
-};
-}  // namespace metric
+using Options = AggregateOptions;
 using metric::NUM_METRICS;
 
-// The larger one, NaN if one is.
+// The larger of the two, NaN if one is NaN.
 double maximum(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 struct Totals {
-  double loss, denominator, coefficient, metrics[NUM_METRICS];  // coefficient: D dentropy of a token, the largest
+  double loss, denominator, coefficient, metrics[NUM_METRICS];  // coefficient: the largest D dentropy of a token
 };
 
-// Of stats (NUM_STATS, B); clip_fraction (B,).
+// Adds up stats (NUM_STATS, B) over the trajectories, and writes clip_fraction (B,).
 Totals totals(
     const double* stats, const bool* skipped, const double* denominator, int64_t B, const Options& o, double* clip_fraction) {
   double sums[NUM_STATS] = {}, kl = 0, entropy = 0, trajectories = 0, known_tokens = 0, known = 0, largest = 0;
@@ -115,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate(
   const Tensor loss = torch::stable::new_empty(stats64, {}, dtype), divisor = torch::stable::new_empty(stats64, {});
   const Tensor metrics = torch::stable::new_empty(stats64, {NUM_METRICS}, dtype);
   const Tensor clip_fraction = torch::stable::new_empty(stats64, {B});
-  const Options o(options);
+  const auto o = read_options<Options>(options, "AggregateOptions");
   Totals found = totals(
       data<double>(stats64), data<bool>(left_out), data<double>(D), B, o, mutable_data<double>(clip_fraction));
   const bool overflows =

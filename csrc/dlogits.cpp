@@ -8,17 +8,15 @@
 #include <sys/mman.h>
 #endif
 
+#include "contract.h"
 #include "row_math.h"
 #include "tensors.h"
 
 namespace pmpo {
 namespace {
 
-// `ELSEWHERE` of pmpo_kernels/reference.py: the target is in another rank's part of the vocabulary
-constexpr int64_t elsewhere = -(int64_t{1} << 31);
-
-// Fresh memory comes in pages, and asking the system for each 4 KiB one takes longer than computing what is written
-// there. Large pages are 2 MiB; where the system has none, this changes nothing.
+// Asks for large pages, of 2 MiB. Fresh memory comes in pages, and to get it in those of 4 KiB takes longer than to compute what is
+// written there. Where the system has no large pages this changes nothing.
 void prefer_large_pages(void* start, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, worth_it = 8 << 20;
@@ -66,12 +64,12 @@ void write_gradient(
       const T* x = first + b * strides[0] + t * strides[1];
       int64_t id = data<int64_t>(ids)[row];
       if (id < 0 || id >= V) {
-        if (id != elsewhere) g = std::numeric_limits<double>::quiet_NaN();
+        if (id != ELSEWHERE) g = std::numeric_limits<double>::quiet_NaN();
         id = -1;
       }
 
-      // -q (g + h (log q + H)), q = exp(x) / sum and log q = x - log sum of x = (z - max) / temperature, as
-      // exp(x) (constant + slope x)
+      // -q (g + h (log q + H)) as exp(x) (constant + slope x), because q = exp(x) / sum and log q = x - log sum with
+      // x = (z - max) / temperature
       const double scale = 1 / (data<C>(sum)[row] * temperature), log_sum = std::log(data<C>(sum)[row]);
       const C constant = static_cast<C>(-scale * (g + h * (data<C>(H)[row] - log_sum)));
       const C slope = static_cast<C>(-scale * h), shift = data<C>(max)[row];

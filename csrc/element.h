@@ -1,4 +1,4 @@
-// Elements of the logits as float or double, and back with one rounding to nearest even. No dependency on torch.
+// Element types of the logits: converted to float or double, and back with one rounding to nearest even. No dependency on torch.
 
 #pragma once
 
@@ -24,7 +24,7 @@ struct Float16 {
   uint16_t raw;
 };
 
-// float64 stays; float32 and below are computed in float32.
+// Type of the arithmetic: double for double, float for float and the 16-bit types.
 template <class T>
 struct Compute {
   using type = float;

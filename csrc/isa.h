@@ -8,7 +8,7 @@
 
 #define PMPO_INLINE inline __attribute__((always_inline))
 
-// Before a loop whose iterations are independent, also where input and output are the same array.
+// Stands before a loop whose iterations are independent even where input and output are the same array.
 #if defined(__clang__)
 #define PMPO_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -55,7 +55,7 @@ inline std::string isa_name([[maybe_unused]] Isa isa) {
 #endif
 }
 
-// Arguments by value: what is captured by reference may alias, and is then not vectorised.
+// Arguments are passed by value, because what is captured by reference may alias, and is then not vectorised.
 #ifdef PMPO_X86_CLONES
 template <auto body, class... Args>
 __attribute__((target(PMPO_AVX512), noinline)) void run_avx512(Args... args) {
@@ -67,7 +67,7 @@ __attribute__((target(PMPO_AVX2), noinline)) void run_avx2(Args... args) {
 }
 #endif
 
-// body(args...), an always-inlined function, compiled for the current instruction set.
+// Calls body(args...), an always-inlined function, as compiled for the current instruction set.
 template <auto body, class... Args>
 void run(Args... args) {
 #ifdef PMPO_X86_CLONES

@@ -1,11 +1,13 @@
-// The Python module `pmpo_kernels._C`: importing it registers the operators; it tells, and for tests limits, the
-// instruction set. Python's limited API: one binary for every Python from 3.10 on.
+// The Python module `pmpo_kernels._C`. Importing it registers the operators. Its functions tell the instruction set in use, and
+// for tests choose another, and tell what the kernels share with Python. It uses Python's limited API, so that one binary serves
+// every Python from 3.10 on.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <string>
 
+#include "contract.h"
 #include "isa.h"
 
 namespace {
@@ -39,7 +41,19 @@ PyObject* use_isa(PyObject*, PyObject* argument) {
   return nullptr;
 }
 
+// The names of contract.h, each list as one string, and its numbers.
+PyObject* contract(PyObject*, PyObject*) {
+#define PMPO_NAME(name) #name " "
+  return Py_BuildValue(
+      "{s:s, s:s, s:s, s:s, s:s, s:i, s:d, s:L}", "RULES", PMPO_RULES(PMPO_NAME), "TrajectoryOptions",
+      PMPO_TRAJECTORY_OPTIONS(PMPO_NAME), "AggregateOptions", PMPO_AGGREGATE_OPTIONS(PMPO_NAME), "STATS",
+      PMPO_STATS(PMPO_NAME), "METRICS", PMPO_METRICS(PMPO_NAME), "MAX_NEWTON_ITERATIONS", pmpo::MAX_NEWTON_ITERATIONS,
+      "NEWTON_TOLERANCE", pmpo::NEWTON_TOLERANCE, "ELSEWHERE", static_cast<long long>(pmpo::ELSEWHERE));
+#undef PMPO_NAME
+}
+
 PyMethodDef methods[] = {
+    {"contract", contract, METH_NOARGS, "What the kernels share with pmpo_kernels.contract."},
     {"isa", isa, METH_NOARGS, "Name of the instruction set in use."},
     {"isas", isas, METH_NOARGS, "Names of those that this machine can run, the best one last."},
     {"use_isa", use_isa, METH_O, "Use another one from now on, in every thread; for tests."},

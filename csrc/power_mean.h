@@ -8,23 +8,24 @@
 #include <cstdint>
 #include <limits>
 
+#include "contract.h"
+
 namespace pmpo {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr int MAX_NEWTON_ITERATIONS = 20;
-constexpr double NEWTON_TOLERANCE = 1e-10;
 
 struct Clipped {
   double d;
   bool below, above;
 };
 
-// A > 0: from -under, infinite unless the clip is two-sided, to high. A < 0: from -low to dual, which is high where it is.
+// Bounds of a clip in log space. For A > 0 they are -under, infinite unless the clip is two-sided, and high. For A < 0 they are
+// -low and dual, which is high in a two-sided clip.
 struct Bounds {
   double low, high, dual, under;
 };
 
-// The pessimistic clip, on a token's d or a trajectory's log M_p.
+// Clips a token's d or a trajectory's log M_p pessimistically. A = 0 clips nothing.
 inline Clipped clip_log_ratio(double d, double advantage, const Bounds& b) {
   const double floor = advantage < 0 ? -b.low : advantage > 0 ? -b.under : -INF;
   const double ceiling = advantage > 0 ? b.high : advantage < 0 ? b.dual : INF;
@@ -37,11 +38,11 @@ struct LogWeights {
   const double* x;
   int64_t alive;
   double mean, x_min, x_max;
-  double tokens;  // of the policy term, alive or not
-  bool has_zero;  // some a_t = 0
+  double tokens;  // number of tokens of the policy term, with a_t > 0 or not
+  bool has_zero;  // whether some a_t is 0
 };
 
-// Centres l[0 .. alive) in place.
+// Centres l[0 .. alive) in place. `tokens` is the number of tokens of the policy term, those with a_t = 0 among them.
 inline LogWeights centre(double* l, int64_t alive, int64_t tokens) {
   double sum = 0, least = INF, most = -INF;
   for (int64_t k = 0; k < alive; ++k) {
@@ -55,14 +56,14 @@ inline LogWeights centre(double* l, int64_t alive, int64_t tokens) {
           alive < tokens};
 }
 
-// The weights a^p of a trajectory at one p.
+// What the loss and the solver need of the weights a^p of a trajectory, at one p.
 struct Moments {
   double log_mean;  // log( (1/n) sum a^p ), of a centred on its mean
   double deficit;   // log(n / ESS(p)) = log(1 + CV^2 of a^p)
   double slope;     // d deficit / dp
 };
 
-// Centred expm1 where max |p x| < 1, else shifted exp; so small p keeps its digits.
+// Moments at p: by expm1 where max |p x| < 1, so that a small p keeps its digits, elsewhere by exp, shifted.
 inline Moments moments(const LogWeights& l, double p) {
   const double n = std::max(l.tokens, 1.0);
   const double top = std::max(p * l.x_min, p * l.x_max);
@@ -86,10 +87,10 @@ inline Moments moments(const LogWeights& l, double p) {
   return {std::log1p(mean_e), std::log1p(cv2), slope};
 }
 
-// M_p = 0, because p <= 0 meets a zero weight or all weights are zero.
+// Whether M_p is 0: because p <= 0 meets a weight of 0, or all weights are 0.
 inline bool nothing_left(const LogWeights& l, double p) { return l.has_zero && (p <= 0 || l.alive == 0); }
 
-// log M_p for any real p: the mean of log a at p = 0; -inf where M_p = 0.
+// log M_p for any real p. At p = 0 it is the mean of log a; it is -inf where M_p = 0.
 inline double log_power_mean(const LogWeights& l, double p, double log_mean) {
   if (nothing_left(l, p)) return -INF;
   return l.mean + (p == 0 ? 0 : log_mean / p);
@@ -100,7 +101,7 @@ struct Solution {
   int64_t iterations;
 };
 
-// p with log(n / ESS(p)) = deficit, by Newton in u = p^2 inside a bracket; see `reference.newton`.
+// Solves log(n / ESS(p)) = deficit for p by Newton's method in u = p^2 inside a bracket, as `reference.newton` does.
 inline Solution newton(const LogWeights& l, double deficit, double power_min, double power_max) {
   double lo = power_min * power_min, hi = power_max * power_max;
   const double most = moments(l, power_max).deficit;

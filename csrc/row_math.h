@@ -1,5 +1,5 @@
-// The mathematics of one row of logits: maximum, sum of exponentials and entropy in one sweep; gradient in another.
-// No dependency on torch. Names as in reference.py; T is the element type, compute_t<T> the type of the arithmetic.
+// The mathematics of one row of logits: maximum, sum of exponentials and entropy in one sweep, the gradient in another.
+// No dependency on torch. Names are those of reference.py. T is the element type, compute_t<T> the type of the arithmetic.
 
 #pragma once
 
@@ -15,7 +15,7 @@ namespace pmpo {
 
 // A row is taken in blocks that stay in the first-level cache between the maximum and the sums.
 constexpr int BLOCK = 2048;
-// Partial results a block: fixed, so that sums have one order whatever the instruction set and the alignment.
+// Number of partial results in a block. It is fixed, so that sums have one order whatever the instruction set and the alignment.
 constexpr int LANES = 32;
 
 template <class C>
@@ -50,17 +50,17 @@ struct ExpSeries {
   }
 };
 
-// (z - max) / temperature, not below the lowest exponent: exp of it is then 0, and 0 times it too. The maximum is subtracted
-// first, so that the largest is exactly 0 and nothing can be fused that would make the sums, the target and the gradient
-// belong to different softmaxes.
+// (z - max) / temperature, limited to the lowest exponent, whose exp is 0 already, because 0 times -inf would give NaN. The maximum
+// is subtracted first, so that the largest is exactly 0 and nothing can be fused that would make the sums, the target and the
+// gradient belong to different softmaxes.
 template <bool at_one, class C>
 PMPO_INLINE C centre(C z, C row_max, C inv_temperature) {
   const C centred = at_one ? z - row_max : (z - row_max) * inv_temperature;
   return centred < ExpConstants<C>::lowest ? ExpConstants<C>::lowest : centred;  // NaN stays
 }
 
-// exp(x) for x from `centre`, at most 0: 2^n exp(r) with |r| <= log(2) / 2 and exp(r) by its series. Right to 2 ulp; 0
-// where n is -bias, below the smallest normal number.
+// exp(x) for x from `centre`, which is at most 0: 2^n exp(r) with |r| <= log(2) / 2 and exp(r) by its series. It is right to
+// 2 ulp, and 0 where n is -bias, below the smallest normal number.
 template <class C>
 PMPO_INLINE C exp_centred(C x) {
   using K = ExpConstants<C>;
@@ -74,20 +74,20 @@ PMPO_INLINE C exp_centred(C x) {
   return series * bits<C>((bits<Bits>(shifted) + Bits{K::bias}) << K::mantissa);
 }
 
-// n <= BLOCK logits in the type of the arithmetic. What is missing to a multiple of LANES has probability 0.
+// Converts n <= BLOCK logits to the type of the arithmetic, and fills up with -inf, of probability 0, to a multiple of LANES.
 template <class T>
 PMPO_INLINE void load_block(compute_t<T>* z, const T* logits, int n) {
   for (int k = 0; k < n; ++k) z[k] = load(logits[k]);
   for (int k = n; k % LANES != 0; ++k) z[k] = -std::numeric_limits<compute_t<T>>::infinity();
 }
 
-// Running m = max z, and over x = (z - m) / temperature: s = sum exp(x), u = sum exp(x) x.
+// Results of the blocks so far: m = max z, and with x = (z - m) / temperature s = sum exp(x) and u = sum exp(x) x.
 struct RowSums {
   double m = -std::numeric_limits<double>::infinity(), s = 0, u = 0;
 };
 
-// One block of n <= BLOCK logits, n a multiple of LANES; meanwhile `ahead`, the logits of the next block, are fetched
-// into the cache (13 % less time a row in float32).
+// Adds a block of n <= BLOCK logits, n a multiple of LANES. Meanwhile `ahead`, the logits of the next block, are fetched into the
+// cache, which takes 13 % off the time of a row in float32.
 template <bool at_one, class T, class C>
 PMPO_INLINE void add_block(RowSums& row, const C* z, int n, const T* ahead, C inv_temperature) {
   constexpr int line = 64 / static_cast<int>(sizeof(T));
@@ -100,7 +100,7 @@ PMPO_INLINE void add_block(RowSums& row, const C* z, int n, const T* ahead, C in
   const double top = m[0];
   if (top > row.m) {
     const double moved = (row.m - top) * inv_temperature, scale = std::exp(moved);
-    // from far below, down to -finfo.max: u would overflow
+    // row.m may be as low as -finfo.max, from where u would overflow
     row.u = scale > 0 ? scale * (row.u + row.s * moved) : 0;
     row.s *= scale;
     row.m = top;
@@ -121,7 +121,7 @@ PMPO_INLINE void add_block(RowSums& row, const C* z, int n, const T* ahead, C in
   row.u += u[0];
 }
 
-// `at_one` is inv_temperature == 1, which spares a product an element.
+// Sums up a row of V logits. `at_one` says that inv_temperature is 1, which spares each element a product.
 template <class T, bool at_one>
 PMPO_INLINE void sum_row(RowSums* out, const T* logits, int64_t V, compute_t<T> inv_temperature) {
   alignas(64) compute_t<T> z[BLOCK];
@@ -141,14 +141,15 @@ PMPO_INLINE void sum_row(RowSums* out, const T* logits, int64_t V, compute_t<T> 
   *out = row;
 }
 
-// exp(x) (constant + slope x) of x = (z - max) / temperature, the slope from the entropy's gradient.
+// Gradient of a logit that is not the target: exp(x) (constant + slope x) with x = (z - max) / temperature. The slope comes from
+// the entropy's gradient.
 template <bool at_one, bool with_slope, class C>
 PMPO_INLINE C gradient(C z, C row_max, C inv_temperature, C constant, C slope) {
   const C centred = centre<at_one>(z, row_max, inv_temperature);
   return exp_centred(centred) * (with_slope ? constant + slope * centred : constant);
 }
 
-// out_j = gradient(z_j); out may be z.
+// Writes out_j = gradient(z_j). out may be z.
 template <bool at_one, bool with_slope, class T, class C>
 PMPO_INLINE void gradient_block(T* out, const C* z, int64_t n, C row_max, C inv_temperature, C constant, C slope) {
   PMPO_INDEPENDENT
@@ -156,8 +157,8 @@ PMPO_INLINE void gradient_block(T* out, const C* z, int64_t n, C row_max, C inv_
     store(out[j], gradient<at_one, with_slope>(z[j], row_max, inv_temperature, constant, slope));
 }
 
-// The same for a row, and `target` more at column id, unless that is -1; out may be the logits. 16-bit logits are converted
-// block by block: float16 takes 6 ms that way on (1, 128, 151,936), 10 ms in one loop.
+// Writes the gradient of a row, with `target` added at column id unless that is -1. out may be the logits. 16-bit logits are
+// converted block by block: float16 takes 6 ms that way on (1, 128, 151,936), 10 ms in one loop.
 template <class T, bool at_one, bool with_slope>
 PMPO_INLINE void gradient_row(
     T* out, const T* logits, int64_t V, int64_t id, compute_t<T> inv_temperature, compute_t<T> row_max,

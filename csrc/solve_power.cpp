@@ -1,4 +1,4 @@
-// `solve_power`: p of each trajectory for a given effective sample size, on the host.
+// Operator `solve_power`: p of each trajectory for a given effective sample size, on the host.
 
 #include <cmath>
 #include <tuple>

@@ -1,4 +1,4 @@
-// What the operators share: arguments as checked, contiguous tensors; rows of the logits; rows in parallel.
+// What the operators share: checks of arguments, access to elements, loops over rows and trajectories on torch's threads.
 // Only torch's stable ABI is used, so that one binary serves every torch from 2.10 on.
 
 #pragma once
@@ -22,12 +22,12 @@ namespace pmpo {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Python sees std::invalid_argument as ValueError.
+// Throws unless ok. Python sees std::invalid_argument as ValueError.
 inline void expect(bool ok, const std::string& message) {
   if (!ok) throw std::invalid_argument(message);
 }
 
-// `value` with this dtype, contiguous; its number of elements is checked.
+// Returns `value` with this dtype, contiguous. Its device and its number of elements are checked.
 inline Tensor argument(const char* name, const Tensor& value, ScalarType dtype, int64_t numel) {
   expect(value.is_cpu(), std::string(name) + ": expected a tensor on cpu");
   expect(
@@ -41,7 +41,7 @@ inline std::optional<Tensor> argument(
   return value ? std::optional<Tensor>(argument(name, *value, dtype, numel)) : std::nullopt;
 }
 
-// Elements of a tensor from `argument`, nullptr for one that is not given.
+// Pointer to the elements of a tensor that `argument` returned, nullptr for one that is not given.
 template <class T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -59,7 +59,7 @@ inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// f(T{}) with T the element type of the logits.
+// Calls f(T{}) with T the element type of the logits.
 template <class F>
 void for_element_type(const Tensor& logits, const F& f) {
   switch (logits.scalar_type()) {
@@ -71,7 +71,7 @@ void for_element_type(const Tensor& logits, const F& f) {
   }
 }
 
-// Sizes of logits (B, S, V) and token_ids (B, T), S = T or more.
+// Sizes of logits (B, S, V) and token_ids (B, T), with S >= T.
 struct Shape {
   int64_t B, T, S, V;
 };
@@ -87,9 +87,9 @@ inline Shape check_shape(const Tensor& logits, const Tensor& token_ids) {
   return shape;
 }
 
-// f(row) for each of `rows` rows of V elements, on torch's threads. Rows differ in cost (those without a gradient are not
-// read), so a thread takes the next chunk when it is done. Chunks are large: two threads that write to one fresh page of
-// 2 MiB would both clear it. Each row is computed by one thread: same bits for any number of threads.
+// Calls f(row) for each of `rows` rows of V elements, on torch's threads. Rows differ in cost (those without a gradient are not
+// read), so a thread takes the next chunk when it is done. Chunks are large, because two threads that write to one fresh page
+// of 2 MiB would both clear it. A row is computed by one thread, so that its bits do not depend on the number of threads.
 template <class F>
 void parallel_rows(int64_t rows, int64_t V, const F& f) {
   constexpr int64_t few = 16384;  // elements that are not worth a thread of their own
@@ -103,18 +103,19 @@ void parallel_rows(int64_t rows, int64_t V, const F& f) {
   });
 }
 
-// Offsets start at 0, never fall, and end at the number of tokens.
+// Throws unless the offsets start at 0, never fall, and end at the number of tokens.
 inline void check_offsets(const int64_t* offsets, int64_t B, int64_t tokens) {
   bool ok = B >= 0 && offsets[0] == 0 && offsets[B] == tokens;
   for (int64_t i = 0; ok && i < B; ++i) ok = offsets[i] <= offsets[i + 1];
   expect(ok, "cu_seqlens: expected non-decreasing offsets from 0 to the " + std::to_string(tokens) + " tokens");
 }
 
-// f(i, start, stop) for each trajectory's tokens, on torch's threads; each is computed by one thread.
+// Calls f(i, start, stop) for the tokens of each trajectory, on torch's threads. A trajectory is computed by one thread. A token,
+// with its exp and log, is taken to cost as much as 64 elements of a row.
 template <class F>
 void parallel_trajectories(const int64_t* offsets, int64_t B, const F& f) {
   const int64_t mean_tokens = offsets[B] / std::max<int64_t>(B, 1) + 1;
-  parallel_rows(B, 64 * mean_tokens, [&](int64_t i) { f(i, offsets[i], offsets[i + 1]); });  // 64: exp and log a token
+  parallel_rows(B, 64 * mean_tokens, [&](int64_t i) { f(i, offsets[i], offsets[i + 1]); });
 }
 
 }  // namespace pmpo

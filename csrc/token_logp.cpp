@@ -10,7 +10,7 @@
 namespace pmpo {
 namespace {
 
-// Unmasked ids lie in [0, V); `checks.check_token_ids` words the same for the other implementations.
+// Throws unless unmasked ids lie in [0, V). For the other implementations `checks.check_token_ids` says the same words.
 void check_token_ids(const int64_t* token_ids, const bool* mask, const Shape& shape) {
   for (int64_t row = 0; row < shape.B * shape.T; ++row) {
     const int64_t id = token_ids[row];

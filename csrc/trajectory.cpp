@@ -2,31 +2,24 @@
 // Order and names are those of reference.py.
 
 #include <cmath>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "contract.h"
 #include "power_mean.h"
-#include "stats.h"
 #include "tensors.h"
 
 namespace pmpo {
 namespace {
 
-// `TrajectoryOptions` of config.py, in its order.
-struct Options {
-  double rule, power, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor;
-  Bounds token, sequence;
-  double by_length, length_norm, beta, kl_order, kl_slope_order, kl_weighted, entropy_coef;
+using Options = TrajectoryOptions;
 
-  explicit Options(const std::vector<double>& values) {
-    expect(values.size() * sizeof(double) == sizeof(Options), "options: expected those of TrajectoryOptions");
-    std::memcpy(this, values.data(), sizeof(Options));
-  }
-};
-enum Rule { FIXED, RELATIVE, ABSOLUTE, TARGET };  // `Options::rule`, as in config.py
+Bounds token_bounds(const Options& o) { return {o.token_low, o.token_high, o.token_dual, o.token_under}; }
+Bounds sequence_bounds(const Options& o) {
+  return {o.sequence_low, o.sequence_high, o.sequence_dual, o.sequence_under};
+}
 
-// Token arrays (N,), nullptr where not given; the rest is one trajectory's.
+// What `compute` reads: arrays of all N tokens, nullptr where not given, and the numbers of one trajectory.
 struct Inputs {
   const double *logp, *old_logp;
   const bool *mask, *policy_mask;
@@ -36,7 +29,7 @@ struct Inputs {
 };
 
 struct Token {
-  bool valid, counts;  // a response token; one of the policy term
+  bool valid, counts;  // whether it is a response token, and one of the policy term
   double d, l;  // log-ratio, log weight
   bool below, above;
 };
@@ -46,7 +39,7 @@ Token token(const Inputs& in, const Options& o, int64_t t) {
   const double logp = in.logp[t];
   // on-policy every ratio is 1, also where logp is -inf
   const double d = in.old_logp ? logp - in.old_logp[t] : logp == -INF ? 0 : logp - logp;
-  const Clipped c = clip_log_ratio(d, in.advantage, o.token);
+  const Clipped c = clip_log_ratio(d, in.advantage, token_bounds(o));
   const double log_v = in.rollout_weights ? std::log(in.rollout_weights[t]) : 0;
   return {true, !in.policy_mask || in.policy_mask[t], d, c.d + log_v, c.below, c.above};
 }
@@ -55,8 +48,8 @@ struct Penalty {
   double value, slope;
 };
 
-// Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp, perhaps that of another;
-// with kl_weighted times exp(d), which depends on logp too.
+// Estimate of KL(policy, reference), k1, k2 or k3 at r = ref_logp - logp, and its derivative in logp. Where kl_slope_order names
+// another estimator, the derivative is that one's. With kl_weighted the estimate is multiplied by exp(d), which depends on logp.
 Penalty kl_penalty(double r, double d, const Options& o) {
   const double e = std::expm1(r);
   const double value = o.kl_order == 1 ? -r : o.kl_order == 2 ? r * r / 2 : e - r;
@@ -65,7 +58,7 @@ Penalty kl_penalty(double r, double d, const Options& o) {
   return {std::exp(d) * value, std::exp(d) * (slope + value)};
 }
 
-// log(n / ESS*) of the rule, from the number of clipped tokens.
+// log(n / ESS*), the target that the rule makes of the number of clipped tokens or of target_ess.
 double target_deficit(const LogWeights& l, double clipped, double target_ess, const Options& o) {
   const double n = std::max(l.tokens, 1.0);
   if (o.rule == TARGET) return std::log(n) - std::log(target_ess);
@@ -75,7 +68,7 @@ double target_deficit(const LogWeights& l, double clipped, double target_ess, co
   return -std::log1p(-(1 - severity) * lost);
 }
 
-// One trajectory: writes stats[k * B] and its tokens' gradients; `alive` is room for its log weights.
+// Computes one trajectory: writes its statistics stats[row * B] and its tokens' gradients. `alive` is room for its log weights.
 void compute(
     const Inputs& in, const Options& o, int64_t start, int64_t stop, double* alive, double* stats, int64_t B,
     double* dlogp, double* dentropy) {
@@ -109,11 +102,11 @@ void compute(
   }
   const Moments at = moments(l, p);
   const double log_m = log_power_mean(l, p, at.log_mean);
-  const Clipped m = clip_log_ratio(log_m, A, o.sequence);
+  const Clipped m = clip_log_ratio(log_m, A, sequence_bounds(o));
   const bool acts = counted > 0 && A != 0 && log_m != -INF;
   const double weight = tokens > 0 ? (o.by_length != 0 ? n : 1) / o.length_norm : 0;
 
-  // -w A M_p W_t where nothing is clipped, M_p W_t in log space; KL and entropy are token means, weighted alike
+  // -w A M_p W_t where nothing is clipped, with M_p W_t in log space. KL and entropy are token means with the same weight.
   const double per_token = weight / n, log_scale = log_m - at.log_mean - std::log(k);
   for (int64_t t = start; t < stop; ++t) {
     const Token token_t = token(in, o, t);
@@ -137,14 +130,13 @@ void compute(
 }
 
 std::tuple<Tensor, Tensor, Tensor> trajectory(
-    const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor& advantages,
-    const std::optional<Tensor>& mask, const Tensor& cu_seqlens, const std::optional<Tensor>& ref_logp,
-    const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& entropy,
-    const std::optional<Tensor>& power, const std::optional<Tensor>& target_ess,
-    const std::optional<Tensor>& policy_mask, const std::vector<double>& options) {
+    const Tensor& logp, const std::optional<Tensor>& entropy, const Tensor& advantages, const Tensor& cu_seqlens,
+    const std::optional<Tensor>& old_logp, const std::optional<Tensor>& mask, const std::optional<Tensor>& ref_logp,
+    const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& policy_mask,
+    const std::optional<Tensor>& power, const std::optional<Tensor>& target_ess, const std::vector<double>& options) {
   const int64_t N = logp.numel(), B = advantages.numel();
   constexpr ScalarType Double = ScalarType::Double;
-  const Options o(options);
+  const auto o = read_options<Options>(options, "TrajectoryOptions");
   expect(o.rule != TARGET || target_ess, "target_ess: expected a tensor with this rule of p, got None");
   const Tensor logp64 = argument("logp", logp, Double, N), A = argument("advantages", advantages, Double, B);
   const std::optional<Tensor> old64 = argument("old_logp", old_logp, Double, N),

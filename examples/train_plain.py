@@ -29,14 +29,14 @@ Row = dict[str, float]
 
 
 def small_model() -> LlamaForCausalLM:
-    """Two layers, random weights."""
+    """Make a Llama of two layers with random weights."""
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=DIGITS, num_key_value_heads=4, **size))
 
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts: Tensor) -> Tensor:
-    """Prompt and answer (B, 1 + LENGTH): one digit, then sampled ones."""
+    """Sample answers. Returns prompt and answer (B, 1 + LENGTH) int64: one digit, then the sampled ones."""
     ids = prompts[:, None]
     for _ in range(LENGTH):
         ids = torch.cat([ids, torch.multinomial(model(ids).logits[:, -1].softmax(-1), 1)], 1)
@@ -44,19 +44,19 @@ def sample(model: LlamaForCausalLM, prompts: Tensor) -> Tensor:
 
 
 def reward(ids: Tensor) -> Tensor:
-    """Part of the answer that counts on from the prompt, 9 being followed by 0 (B,)."""
+    """Reward (B,): the part of the answer that counts on from the prompt, where 9 is followed by 0."""
     wanted = (ids[:, :1] + torch.arange(1, LENGTH + 1)) % DIGITS
     return (ids[:, 1:] == wanted).float().mean(1)
 
 
 def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """(B, LENGTH, H): position t predicts token t of the answer."""
+    """Hidden states (B, LENGTH, H). Position t predicts token t of the answer."""
     hidden: Tensor = model.model(ids).last_hidden_state
     return hidden[:, :-1]
 
 
 def train(model: LlamaForCausalLM, steps: int, prompts: int, epochs: int, config: LossConfig) -> list[Row]:
-    """A row for each optimizer step."""
+    """Train, and return a row for each optimizer step."""
     optimizer, rows = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for step in track(range(steps), "training"):
         ids = sample(model, torch.randint(DIGITS, (prompts,)).repeat_interleave(GROUP))
@@ -81,7 +81,7 @@ def train(model: LlamaForCausalLM, steps: int, prompts: int, epochs: int, config
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Reward, p, ESS / n and clip fraction along the optimizer steps."""
+    """Draw reward, p, ESS / n and clip fraction along the optimizer steps."""
     figure, axes = plt.subplots(len(SHOWN), 1, sharex=True, figsize=(7, 8), layout="constrained")
     for axis, name in zip(axes, SHOWN, strict=True):
         axis.plot([row[name] for row in rows], lw=1)

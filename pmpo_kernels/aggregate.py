@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pmpo_kernels.config import STATS, LossConfig
-
-METRICS = (
-    "clip_fraction_low",
-    "clip_fraction_high",
-    "ratio_mean",
-    "approx_kl",
-    "ref_kl",
-    "entropy",
-    "power_mean",
-    "ess",
-    "ess_target",
-    "policy_loss",
-    "tokens",
-    "trajectories",
-    "ratio_max",
-    "power_max",
-    "power_min",
-    "clip_fraction",
-)
-"""The metrics of the stage, in the order of every implementation."""
+from pmpo_kernels.contract import METRICS, STATS, AggregateOptions
 
 
-class Aggregation(NamedTuple):
-    """What of a `LossConfig` the stage reads, as numbers.
+def default_denominator(
+    tokens: Tensor, options: AggregateOptions, sum_over_ranks: Callable[[Tensor], Tensor] = lambda count: count
+) -> Tensor:
+    """D of section 7, 0-d float64, from each trajectory's tokens (B,): tokens for "token-mean", else trajectories that have any.
 
-    Where |dlogp| + entropy_factor |dentropy| of a token is at most `limit`, the gradient of what it comes from is finite."""
-
-    by_tokens: float
-    beta: float
-    entropy_coef: float
-    limit: float = math.inf
-    entropy_factor: float = 1.0
-
-    @classmethod
-    def of(cls, config: LossConfig, *limit: float) -> Aggregation:
-        return cls(float(config.loss_agg_mode == "token-mean"), config.beta, config.entropy_coef, *limit)
+    It is at least 1. `sum_over_ranks` adds up the 0-d count of a batch that is spread over ranks.
+    """
+    counts = tokens.double() if options.by_tokens else (tokens > 0).double()
+    return sum_over_ranks(counts.sum()).clamp(min=1)
 
 
-def counts(tokens: Tensor, options: Aggregation) -> Tensor:
-    """What D adds up, (B,) float64: each trajectory's tokens for "token-mean", else 1 for one that has any."""
-    return tokens.double() if options.by_tokens else (tokens > 0).double()
-
-
-def default_denominator(tokens: Tensor, options: Aggregation) -> Tensor:
-    """D of design 2.6, 0-d float64, from each trajectory's tokens (B,); at least 1."""
-    return counts(tokens, options).sum().clamp(min=1)
-
-
-def total_loss(stats: Tensor, options: Aggregation, denominator: Tensor) -> Tensor:
-    """Loss of design 2.6, 2.7, 0-d float64: (policy + beta KL - entropy_coef H), each weighted alike, over D."""
+def total_loss(stats: Tensor, options: AggregateOptions, denominator: Tensor) -> Tensor:
+    """Loss of sections 7 and 8, 0-d float64: policy loss + beta KL - entropy_coef H, all weighted alike, over D."""
     row = dict(zip(STATS, stats.unbind(), strict=True))
     loss = (row["weight"] * row["policy_loss"]).sum()
     for factor, term in ((options.beta, row["kl"]), (-options.entropy_coef, row["entropy"])):
@@ -72,16 +36,22 @@ def aggregate(
     denominator: Tensor | None,
     largest: Tensor | None,
     skipped: Tensor | None,
-    options: Aggregation,
+    options: AggregateOptions,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), D () float64, metrics (M,) in the order of `METRICS`, clipped fraction of each trajectory (B,) float64); loss and
-    metrics in `dtype`. No host synchronisation.
+    """Loss (), D () float64, metrics (M,) as in `METRICS`, and each trajectory's clipped fraction (B,) float64.
 
-    Of stats (S, B) float64; denominator () float64, None for that of these trajectories; largest () float64, the largest size of
-    D dlogp, None not to ask: a finite loss is only given with a finite gradient. `skipped` (B,)
-    bool: trajectories with A = 0 of which nothing but the tokens is known. Nothing of theirs is clipped; the other means
-    leave them out. Means are over tokens, those of p and ESS over non-empty trajectories.
+    Loss and metrics have `dtype`. Nothing waits for a GPU.
+
+    Args:
+        stats: (S, B) float64, as in `STATS`.
+        denominator: D, () float64; None for the default of these trajectories.
+        largest: () float64, the largest size of D dlogp: the loss is infinite where it is beyond `options.limit`, because a
+            finite loss is only given with a finite gradient. None leaves that out.
+        skipped: (B,) bool, trajectories with A = 0 of which nothing but the tokens is known. None of their tokens counts as
+            clipped, and the other means leave them out.
+
+    Means are over tokens; those of p and ESS are over trajectories that have any.
     """
     row = dict(zip(STATS, stats.unbind(), strict=True))
     tokens, some = row["tokens"], row["tokens"] > 0

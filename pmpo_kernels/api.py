@@ -1,22 +1,20 @@
-"""The public calls: check, bring padded and packed inputs to one form, compose the two autograd Functions."""
+"""The public calls from logits and from log-probs: they check, and compose the two autograd Functions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.aggregate import METRICS, Aggregation
-from pmpo_kernels.arguments import as_bool, check_config, trajectory_inputs
-from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction, TrajectoryInputs
-from pmpo_kernels.chunks import count_tokens
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.aggregate import default_denominator
+from pmpo_kernels.autograd import Parts, TokenLogpFunction, TrajectoryFunction
+from pmpo_kernels.batch import Batch, Call, as_bool, check_call, check_config
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import METRICS, STATS, AggregateOptions, compute_dtype
 from pmpo_kernels.impls import resolve_impl
-from pmpo_kernels.linear import LinearLossFunction
-from pmpo_kernels.projection import HeadOptions
-from pmpo_kernels.reference import compute_dtype
 from pmpo_kernels.scalars import expect, is_one_of
 from pmpo_kernels.sharing import ALONE, Sharing, Split
 
@@ -62,9 +60,8 @@ def token_logp(
 
     Args and errors as in `pmpo_loss`. Saves nothing of the logits' size but the logits themselves.
     """
-    checks.check_logits(logits, token_ids)
+    checks.check_logits(logits, token_ids, inplace)
     temperature = checks.check_factor("temperature", temperature)
-    checks.check_inplace(logits, inplace)
     mask = checks.check_constant("mask", mask, dtypes=checks.MASKS, device=logits.device, shape=token_ids.shape)
     return _token_logp(logits, token_ids, as_bool(mask), temperature, inplace, resolve_impl(impl, logits.device), None)
 
@@ -78,7 +75,7 @@ def _token_logp(
     impl: str,
     parts: Parts | None,
 ) -> TokenLogp:
-    """Of checked arguments; the mask bool, of any shape."""
+    """`token_logp` of checked arguments; the mask is bool, of any shape."""
     shape = token_ids.shape
     if logits.dim() == 2:
         logits, token_ids = logits[None], token_ids[None]
@@ -161,34 +158,23 @@ def pmpo_loss(
             tensors are checked on the CPU always and on a GPU with PMPO_KERNELS_CHECK=1; unchecked ids give NaN.
         RuntimeError: the named `impl` cannot run here, with the reason; another rank's arguments are wrong, or it is gone.
     """
-    sharing, (logits,) = _find_sharing(group, mesh, sequence_split, logits=(logits, -1))
+    sharing, (logits,) = find_sharing(group, mesh, sequence_split, logits=(logits, -1))
     # The loss's own arguments are checked before the first kernel starts.
     with sharing.agreement():
         config = check_config(config)
-        checks.check_logits(logits, token_ids)
-        inputs, D = trajectory_inputs(
-            "token_ids",
-            token_ids,
-            old_logp=old_logp,
-            advantages=advantages,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            ref_logp=ref_logp,
-            rollout_weights=rollout_weights,
-            policy_mask=policy_mask,
-            power=power,
-            target_ess=target_ess,
-            config=config,
-            denominator=denominator,
-            impl=impl,
-        )
-        checks.check_inplace(logits, inplace)
-        sharing.describe(logits.shape[-1], token_ids, inputs, D, (logits.dtype, config.temperature))
-    sharing.check_token_ids(token_ids, inputs.mask)
-    # before the first autograd Function: torch.compile must see the temperature, which is in both, outside of them
-    terms = _aggregation_of_logits(logits.dtype, config)
-    logp, entropy = _token_logp(logits, token_ids, inputs.mask, config.temperature, inplace, inputs.impl, sharing.parts)
-    return _loss(logp, entropy, inputs, D, sharing, terms)
+        checks.check_logits(logits, token_ids, inplace)
+        # before the first autograd Function: torch.compile must see the temperature, which is in both, outside of them
+        limit = _aggregate_options_of_logits(logits.dtype, config)
+        call = check_call(
+            "token_ids", token_ids, config, limit, advantages=advantages, cu_seqlens=cu_seqlens, old_logp=old_logp,
+            mask=mask, ref_logp=ref_logp, rollout_weights=rollout_weights, policy_mask=policy_mask, power=power,
+            target_ess=target_ess, denominator=denominator, impl=impl,
+        )  # fmt: skip
+        sharing.describe(logits.shape[-1], token_ids, call, (logits.dtype, config.temperature))
+    mask, temperature = call.batch.mask, config.temperature
+    sharing.check_token_ids(token_ids, mask)
+    logp, entropy = _token_logp(logits, token_ids, mask, temperature, inplace, call.impl, sharing.parts)
+    return _loss(logp, entropy, call, sharing)
 
 
 def pmpo_loss_from_logp(
@@ -215,7 +201,7 @@ def pmpo_loss_from_logp(
     `entropy`, shaped like logp and differentiable, is required by config.entropy_coef != 0, otherwise only a metric.
     config.temperature belongs to the logits and must be 1 here. All else as in `pmpo_loss`.
     """
-    sharing, _ = _find_sharing(None, mesh, sequence_split)
+    sharing, _ = find_sharing(None, mesh, sequence_split)
     with sharing.agreement():
         config = check_config(config)
         if config.temperature != 1.0:
@@ -229,24 +215,14 @@ def pmpo_loss_from_logp(
             raise ValueError(
                 f"entropy: expected a tensor because config.entropy_coef is {config.entropy_coef}, got None"
             )
-        inputs, D = trajectory_inputs(
-            "logp",
-            logp,
-            old_logp=old_logp,
-            advantages=advantages,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            ref_logp=ref_logp,
-            rollout_weights=rollout_weights,
-            policy_mask=policy_mask,
-            power=power,
-            target_ess=target_ess,
-            config=config,
-            denominator=denominator,
-            impl=impl,
-        )
-        sharing.describe(0, logp, inputs, D, (logp.dtype, entropy is not None))
-    out = _loss(logp, entropy, inputs, D, sharing, _aggregation_of_logp(logp, entropy, config))
+        limit = _aggregate_options_of_logp(logp, entropy, config)
+        call = check_call(
+            "logp", logp, config, limit, advantages=advantages, cu_seqlens=cu_seqlens, old_logp=old_logp, mask=mask,
+            ref_logp=ref_logp, rollout_weights=rollout_weights, policy_mask=policy_mask, power=power,
+            target_ess=target_ess, denominator=denominator, impl=impl,
+        )  # fmt: skip
+        sharing.describe(0, logp, call, (logp.dtype, entropy is not None))
+    out = _loss(logp, entropy, call, sharing)
     if mask is None:
         return out
     keep = mask != 0
@@ -255,165 +231,52 @@ def pmpo_loss_from_logp(
     )
 
 
-def linear_pmpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    max_chunk_tokens: int | None = None,
-    skip_zero_advantage: bool = True,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    rollout_weights: Tensor | None = None,
-    policy_mask: Tensor | None = None,
-    power: Tensor | float | None = None,
-    target_ess: Tensor | None = None,
-    config: LossConfig | None = None,
-    denominator: Tensor | float | None = None,
-    group: ProcessGroup | None = None,
-    mesh: DeviceMesh | None = None,
-    sequence_split: Split = "contiguous",
-    impl: str | None = None,
-) -> PMPOOutput:
-    """`pmpo_loss` from the hidden states before the LM head: the logits of a whole batch never exist.
+def _aggregate_options_of_logits(dtype: torch.dtype, config: LossConfig) -> AggregateOptions:
+    """Options with a limit within which the gradient is finite in the dtype of the logits, and on the way there.
 
-    With scale s and softcap c, both as in the model's configuration, the logits are::
-
-        z = c tanh(s (W h + b) / c),  or  s (W h + b) without a softcap.
-
-    Chunks of whole trajectories are projected one after the other, and a chunk's loss and gradients are finished before
-    the next one: one product forward, two backward, all in the forward pass; the backward pass scales them. A trajectory
-    longer than a chunk is projected twice. Masked tokens enter no product, clipped ones not the two backward products.
-    The sizes of the products depend on the data, so unlike `pmpo_loss` the call waits for the GPU, twice and once a chunk.
-
-    Args:
-        hidden: (B, T, H), or (B, T + 1, H) with the last position ignored, or packed (N, H); float64, float32, bfloat16
-            or float16. `hidden[:, t]` predicts `token_ids[:, t]`: the caller shifts.
-        weight: (V, H) as in `torch.nn.Linear`, in the dtype of `hidden`; under autocast the products are in its dtype,
-            as those of `torch.nn.functional.linear`. It may be tied to the embedding. If it, `hidden` or `bias` needs no
-            gradient, that gradient costs nothing.
-        bias: (V,), in the dtype of `weight`.
-        logit_scale: s > 0 (Cohere's logit_scale, 1 / logits_scaling of Granite). Without a softcap it costs nothing.
-        logit_softcap: c > 0 (final_logit_softcapping of Gemma). A chunk's logits then take twice the memory.
-        max_chunk_tokens: most tokens whose logits exist at a time; the chunks are as few and then as even as possible. None: 16,384
-            (1,024 on a CPU), as far as their logits take no more than an eighth of the free memory, or the longest trajectory if
-            that is more and they take no more than a quarter, both rounded down to a power of two where memory limits them; where
-            "cp" splits trajectories, all of the rank's tokens instead of the longest. Other chunks give other bits, because
-            products add in another order.
-        skip_zero_advantage: leave trajectories with advantage 0 out of every product where they have no gradient, that is
-            without a KL or entropy term. Then their logp, entropy, power and ess are NaN, and of the metrics ratio_mean,
-            ratio_max, approx_kl, ref_kl, entropy, ess, ess_target and those of p are of the other trajectories. False:
-            they cost one product, and everything is known of all tokens.
-
-    All other arguments, the result, the metrics and the errors are those of `pmpo_loss`.
+    A row of the gradient is 1 / temperature of its token's coefficients; `dlogits` has factors some hundred times the row.
+    Entropy: |q (log q + H)| <= H <= log V < 22; a number, because torch.compile would compile anew for each V.
     """
-    sharing, (weight, bias) = _find_sharing(group, mesh, sequence_split, weight=(weight, 0), bias=(bias, 0))
-    with sharing.agreement():
-        config = check_config(config)
-        dtype = checks.check_head(hidden, weight, bias, token_ids)
-        checks.check_flag("skip_zero_advantage", skip_zero_advantage)
-        if max_chunk_tokens is not None:
-            checks.check_count("max_chunk_tokens", max_chunk_tokens)
-        if logit_softcap is not None:
-            logit_softcap = checks.check_factor("logit_softcap", logit_softcap)
-        logit_scale = checks.check_factor("logit_scale", logit_scale)
-        if logit_softcap is None:
-            checks.check_factor("config.temperature / logit_scale", config.temperature / logit_scale)
-        else:
-            checks.check_factor("logit_scale / logit_softcap", logit_scale / logit_softcap)
-        inputs, D = trajectory_inputs(
-            "token_ids",
-            token_ids,
-            old_logp=old_logp,
-            advantages=advantages,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            ref_logp=ref_logp,
-            rollout_weights=rollout_weights,
-            policy_mask=policy_mask,
-            power=power,
-            target_ess=target_ess,
-            config=config,
-            denominator=denominator,
-            impl=impl,
-        )
-        wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        skips = skip_zero_advantage and not config.beta and not config.entropy_coef
-        head = HeadOptions(logit_scale, logit_softcap, config.temperature, dtype, wanted, max_chunk_tokens, skips)
-        sharing.describe(weight.shape[0], token_ids, inputs, D, (*head[:4], skips), tuple(wanted))
-    sharing.check_token_ids(token_ids, inputs.mask)
-    loss, stats, found, clip_fraction, logp, entropy = LinearLossFunction.apply(
-        hidden, weight, bias, token_ids, inputs, D, Aggregation.of(config), head, sharing
-    )
-    logp, entropy = logp.view(token_ids.shape), entropy.view(token_ids.shape)
-    out = _output(loss, stats, found, clip_fraction, logp, entropy, inputs)
-    if not skips:
-        return out
-    skipped = inputs.advantages == 0
-    return out._replace(power=torch.where(skipped, torch.nan, out.power), ess=torch.where(skipped, torch.nan, out.ess))
-
-
-def _aggregation_of_logits(dtype: torch.dtype, config: LossConfig) -> Aggregation:
-    """With the limit of a token's coefficients, whose row of the gradient is a temperature-th of them: finite in the logits' dtype,
-    and on the way there, where `dlogits` has factors some hundred times the row. Entropy: |q (log q + H)| <= H <= log V < 22; a
-    number, because torch.compile would compile anew for each V."""
     arithmetic = torch.finfo(compute_dtype(dtype)).max
     largest = min(torch.finfo(dtype).max, arithmetic / 1024) * config.temperature
-    return Aggregation.of(config, min(arithmetic, largest), 22.0)
+    return config.aggregate_options(min(arithmetic, largest), 22.0)
 
 
-def _aggregation_of_logp(logp: Tensor, entropy: Tensor | None, config: LossConfig) -> Aggregation:
-    """With a limit within which each gradient is finite in the dtype of its own tensor, and in that of the arithmetic."""
+def _aggregate_options_of_logp(logp: Tensor, entropy: Tensor | None, config: LossConfig) -> AggregateOptions:
+    """Options with a limit within which each gradient is finite in the dtype of its own tensor and in that of the arithmetic."""
     largest = torch.finfo(logp.dtype).max
     if entropy is None:
-        return Aggregation.of(config, largest)
+        return config.aggregate_options(largest)
     arithmetic = torch.finfo(compute_dtype(logp.dtype)).max
-    return Aggregation.of(config, largest, largest / min(arithmetic, torch.finfo(entropy.dtype).max))
+    return config.aggregate_options(largest, largest / min(arithmetic, torch.finfo(entropy.dtype).max))
 
 
-def _loss(
-    logp: Tensor,
-    entropy: Tensor | None,
-    inputs: TrajectoryInputs,
-    denominator: Tensor | None,
-    sharing: Sharing,
-    terms: Aggregation,
-) -> PMPOOutput:
+def _loss(logp: Tensor, entropy: Tensor | None, call: Call, sharing: Sharing) -> PMPOOutput:
+    """The loss from log-probs and entropies, which have the tokens' shape."""
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
-    whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, inputs)
-    denominator = sharing.denominator(denominator, lambda: count_tokens(whole.inputs), terms)
-    loss, stats, found, clip_fraction = TrajectoryFunction.apply(
-        whole.logp, whole.entropy, whole.inputs, denominator, terms
-    )
-    entropy = None if entropy is None else entropy.detach()
-    return _output(loss, stats, found, clip_fraction, logp.detach(), entropy, inputs)
+    whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, call.batch)
+    if call.denominator is None and sharing.sums_over_data:
+        tokens = whole.batch.count_tokens()
+        call = call._replace(denominator=default_denominator(tokens, call.aggregate_options, sharing.sum_over_data))
+    results = TrajectoryFunction.apply(whole.logp, whole.entropy, call._replace(batch=whole.batch))
+    return as_output(results, logp.detach(), None if entropy is None else entropy.detach(), call.batch)
 
 
-def _output(
-    loss: Tensor,
-    stats: Tensor,
-    metrics: Tensor,
-    clip_fraction: Tensor,
-    logp: Tensor,
-    entropy: Tensor | None,
-    inputs: TrajectoryInputs,
-) -> PMPOOutput:
-    absent = {"ref_kl": inputs.ref_logp is None, "entropy": entropy is None}
+def as_output(results: Sequence[Tensor], logp: Tensor, entropy: Tensor | None, batch: Batch) -> PMPOOutput:
+    """What a call returns, from the loss (), stats (S, B), metrics (M,) and clip fractions (B,) of its stages."""
+    loss, stats, metrics, clip_fraction = results
+    absent = {"ref_kl": batch.ref_logp is None, "entropy": entropy is None}
     found = {name: x for name, x in zip(METRICS, metrics.unbind(), strict=True) if not absent.get(name)}
     row = dict(zip(STATS, stats.unbind(), strict=True))
     return PMPOOutput(loss, found, logp, entropy, row["power"], row["ess"], clip_fraction)
 
 
-def _find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[Any, int]) -> tuple[Sharing, list[Any]]:
-    """Who shares a call, from its arguments, and this rank's part of `tensors`: each with its dimension of the vocabulary, along
-    which a DTensor may be sharded."""
+def find_sharing(group: Any, mesh: Any, sequence_split: Any, **tensors: tuple[Any, int]) -> tuple[Sharing, list[Any]]:
+    """The devices that share a call, from its arguments, and this rank's part of `tensors`.
+
+    Each tensor comes with its dimension of the vocabulary, along which a DTensor may be sharded.
+    """
     logits, _ = tensors.get("logits", (None, 0))
     sharded = hasattr(logits, "device_mesh")  # a weight may be FSDP's: it needs a group
     if group is None and mesh is None and not sharded:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.config import TrajectoryOptions
+from pmpo_kernels.batch import Call
 from pmpo_kernels.ops import stage
 
 
@@ -32,13 +31,13 @@ class Parts(Protocol):
     """A vocabulary of which each rank has a part; see `distributed.vocabulary`."""
 
     def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids for the stage `token_logp` and for `dlogits`."""
+        """The ids within this rank's part that the stage `token_logp` reads, and those that `dlogits` reads."""
         ...
 
     def combine(
         self, token_ids: Tensor, mask: Tensor | None, temperature: float, found: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The stage's results for the whole vocabulary from those of each part."""
+        """The results of `token_logp` for the whole vocabulary, from those `found` in this rank's part."""
         ...
 
 
@@ -90,55 +89,21 @@ class TokenLogpFunction(torch.autograd.Function):
         return stage("dlogits", ctx.impl)(*args), *(None,) * 6
 
 
-class TrajectoryInputs(NamedTuple):
-    """The constants of the `trajectory` stage, token tensors flat (N,)."""
-
-    old_logp: Tensor | None
-    advantages: Tensor
-    mask: Tensor | None
-    cu_seqlens: Tensor
-    ref_logp: Tensor | None
-    rollout_weights: Tensor | None
-    power: Tensor | None
-    target_ess: Tensor | None
-    policy_mask: Tensor | None
-    options: TrajectoryOptions
-    impl: str
-
-
 class TrajectoryFunction(torch.autograd.Function):
-    """(logp, entropy, inputs, denominator, aggregation) -> (loss, stats, metrics, clip fractions); the loss is
-    differentiable in logp and entropy, and is not finite beyond the limit."""
+    """(logp, entropy, call) -> (loss, stats, metrics, clip fractions); the loss is differentiable in logp and entropy.
+
+    logp and entropy are flat (N,). The loss is infinite where a gradient is beyond the limit of `call.aggregate_options`.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logp: Tensor,
-        entropy: Tensor | None,
-        inputs: TrajectoryInputs,
-        denominator: Tensor | None,
-        aggregation: Aggregation,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        i = inputs
-        dlogp, dentropy, stats = stage("trajectory", i.impl)(
-            logp,
-            i.old_logp,
-            i.advantages,
-            i.mask,
-            i.cu_seqlens,
-            i.ref_logp,
-            i.rollout_weights,
-            entropy,
-            i.power,
-            i.target_ess,
-            i.policy_mask,
-            list(i.options),
+    def forward(ctx: Any, logp: Tensor, entropy: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dlogp, dentropy, stats = stage("trajectory", call.impl)(
+            logp, entropy, *call.batch, list(call.trajectory_options)
         )
-        # What overflows further on, or cancels in the float64 sum, is not in the loss: a finite one is only given with a finite
-        # gradient.
+        # A gradient may overflow further on where the loss, a sum in float64, does not: a finite loss needs a finite gradient.
         largest = torch.linalg.vector_norm(dlogp, torch.inf) if dlogp.numel() else None
-        loss, denominator, metrics, clip_fraction = stage("aggregate", i.impl)(
-            stats, denominator, largest, None, list(aggregation), logp.dtype
+        loss, denominator, metrics, clip_fraction = stage("aggregate", call.impl)(
+            stats, call.denominator, largest, None, list(call.aggregate_options), logp.dtype
         )
         coefficients = torch.stack([dlogp, dentropy]) if dentropy.numel() else dlogp[None]
         ctx.save_for_backward(coefficients, denominator)
@@ -151,7 +116,7 @@ class TrajectoryFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 5
+            return (None,) * 3
         coefficients, denominator = ctx.saved_tensors
         dlogp, *dentropy = (coefficients * (grad_loss.double() / denominator)).to(ctx.dtype).unbind()
-        return dlogp, *(dentropy or [None]), *(None,) * 3
+        return dlogp, *(dentropy or [None]), None

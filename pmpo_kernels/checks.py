@@ -1,4 +1,4 @@
-"""Argument checks: every wrong call raises before any kernel starts and names argument, expected and got."""
+"""Argument checks: a wrong call raises before any kernel starts, with the argument's name, what was expected and what it got."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pmpo_kernels.config import TEMPERATURE_RANGE, representable
 from pmpo_kernels.scalars import expect, is_count, is_number, is_one_of
 
-# asked once: torch.compile of PyTorch 2.10 cannot trace the question
+# asked once, on import, because torch.compile of PyTorch 2.10 cannot trace the question
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
 AUTOCAST_DEVICES = {name for name in _DEVICES if torch.amp.is_autocast_available(name)}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,7 +22,7 @@ MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.in
 
 
 def check_dense(name: str, value: object) -> Tensor:
-    """`value`, if it is a tensor with sizes and strides; otherwise TypeError."""
+    """Return `value` if it is a tensor with sizes and strides; otherwise raise TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if hasattr(value, "device_mesh"):
@@ -37,7 +37,8 @@ def check_dense(name: str, value: object) -> Tensor:
 def check_tensor(
     name: str, value: object, *, dtypes: Sequence[torch.dtype], device: torch.device, shape: Sequence[int]
 ) -> Tensor:
-    """`value`, if it is a dense tensor of one of `dtypes` with this shape on this device; otherwise TypeError or ValueError."""
+    """Return `value` if it is a dense tensor of one of `dtypes` with this shape on this device. Otherwise raise TypeError for the
+    kind of tensor or its dtype, ValueError for its device or shape."""
     value = check_dense(name, value)
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -54,7 +55,7 @@ def check_tensor(
 def check_constant(
     name: str, value: object, *, dtypes: Sequence[torch.dtype], device: torch.device, shape: Sequence[int]
 ) -> Tensor | None:
-    """As `check_tensor` for an optional argument through which no gradient flows."""
+    """Do what `check_tensor` does, for an optional argument through which no gradient flows. None passes."""
     if value is None:
         return None
     tensor = check_tensor(name, value, dtypes=dtypes, device=device, shape=shape)
@@ -65,8 +66,12 @@ def check_constant(
     return tensor
 
 
-def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
-    """Shapes (B, T, V) or (B, T + 1, V) with (B, T), or (N, V) with (N,); the vocabulary dimension has stride 1."""
+def check_logits(logits: object, token_ids: object, inplace: object) -> None:
+    """Raise unless logits and token_ids fit together: (B, T, V) or (B, T + 1, V) with (B, T), or (N, V) with (N,).
+
+    The vocabulary dimension must have stride 1, because the kernels read whole rows. `inplace` must be a bool; True also needs
+    logits whose elements all lie at different places in memory.
+    """
     logits, token_ids = check_dense("logits", logits), check_dense("token_ids", token_ids)
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits: expected shape (B, T, V), (B, T + 1, V) or (N, V), got {tuple(logits.shape)}")
@@ -79,12 +84,27 @@ def check_logits(logits: object, token_ids: object) -> tuple[Tensor, Tensor]:
         raise ValueError(f"logits: expected a vocabulary of at least 1, got shape {tuple(logits.shape)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits: expected stride 1 in the vocabulary dimension, got strides {logits.stride()}")
-    return logits, token_ids
+    check_flag("inplace", inplace)
+    if inplace and logits.numel() and overlaps(logits):
+        raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """True if two elements of a tensor may lie at one place in memory."""
+    dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):
+        below = [(s, n) for j, (s, n) in enumerate(dims) if j != i and s <= stride]
+        if stride <= sum(s * (n - 1) for s, n in below):
+            return True
+    return False
 
 
 def check_head(hidden: object, weight: object, bias: object, token_ids: object) -> torch.dtype:
-    """Shapes (B, T, H) or (B, T + 1, H) with (B, T), or (N, H) with (N,), weight (V, H), bias (V,). The dtype of the products:
-    that of all three, or autocast's where it is on and none is float64."""
+    """Check the arguments of an LM head and return the dtype of its products.
+
+    Shapes: hidden (B, T, H) or (B, T + 1, H) with token_ids (B, T), or (N, H) with (N,); weight (V, H), bias (V,). Hidden, weight
+    and bias share a dtype, which is returned. Under autocast they may differ, and autocast's dtype is returned, unless hidden or
+    weight is float64."""
     hidden, weight = check_dense("hidden", hidden), check_dense("weight", weight)
     token_ids = check_dense("token_ids", token_ids)
     if hidden.dim() not in (2, 3):
@@ -107,63 +127,50 @@ def check_head(hidden: object, weight: object, bias: object, token_ids: object) 
     return torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
 
 
-def check_inplace(logits: Tensor, inplace: object) -> None:
-    """A bool, of which True needs rows that do not overlap in memory (nor within themselves)."""
-    check_flag("inplace", inplace)
-    if not inplace or not logits.numel():
-        return
-    dims = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
-    overlapping = False
-    for i, (stride, _) in enumerate(dims):
-        below = [(s, n) for j, (s, n) in enumerate(dims) if j != i and s <= stride]
-        overlapping = overlapping or stride <= sum(s * (n - 1) for s, n in below)
-    if overlapping:
-        raise ValueError(f"logits: expected rows that do not overlap with inplace=True, got strides {logits.stride()}")
-
-
 def check_number(name: str, value: Any) -> float:
-    """`value` as a float, if it is a finite number > 0."""
+    """Return `value` as a float if it is a finite number > 0; otherwise raise ValueError."""
     expect(name, is_number(value) and value > 0, "a finite number > 0", value)
     return float(value)
 
 
 def check_finite(name: str, value: Any) -> float:
-    """`value` as a float, if it is a finite number."""
+    """Return `value` as a float if it is a finite number; otherwise raise ValueError."""
     expect(name, is_number(value), "a finite number", value)
     return float(value)
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """`value` is one of `choices`, a tuple or a Literal."""
+    """Raise ValueError unless `value` is one of `choices`, which is a tuple or a Literal."""
     choices = choices if isinstance(choices, tuple) else get_args(choices)
     expect(name, is_one_of(value, choices), f"one of {list(choices)}", value)
 
 
 def check_flag(name: str, value: object) -> None:
-    """`value` is a bool; a number is none."""
+    """Raise TypeError unless `value` is a bool. The numbers 0 and 1 are not."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_count(name: str, value: object) -> None:
-    """`value` is an int > 0, of 64 bits."""
+    """Raise ValueError unless `value` is an int > 0 that fits into 64 bits."""
     expect(name, is_count(value), "an int > 0 and below 2^63", value)
 
 
 def check_factor(name: str, value: object) -> float:
-    """`value` as a float, if it is a number > 0, such as a temperature, that float32 can multiply and divide by."""
+    """Return `value` as a float if float32 can multiply and divide by it, as by a temperature; otherwise raise ValueError."""
     factor = check_number(name, value)
     expect(name, representable(factor), TEMPERATURE_RANGE, value)
     return factor
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Values are read on the CPU always; on a GPU, where reading them waits for it, with PMPO_KERNELS_CHECK=1."""
+    """Whether the values of this tensor are checked: always on a CPU, elsewhere only with PMPO_KERNELS_CHECK=1. Reading values from
+    a GPU waits for it."""
     return tensor.device.type == "cpu" or os.environ.get("PMPO_KERNELS_CHECK") == "1"
 
 
 def check_token_ids(token_ids: Tensor, mask: Tensor | None, vocabulary: int) -> None:
-    """Unmasked ids lie in [0, vocabulary)."""
+    """Raise ValueError unless all ids where `mask` is true lie in [0, vocabulary), if values are checked (`checks_values`)."""
     if not checks_values(token_ids):
         return
     bad = (token_ids < 0) | (token_ids >= vocabulary)
@@ -175,7 +182,7 @@ def check_token_ids(token_ids: Tensor, mask: Tensor | None, vocabulary: int) -> 
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
-    """Offsets start at 0, never fall, and end at the number of tokens."""
+    """Raise ValueError unless the offsets start at 0, never fall and end at `tokens`, if values are checked (`checks_values`)."""
     if not checks_values(cu_seqlens):
         return
     expected = f"non-decreasing offsets from 0 to the {tokens} tokens"
@@ -186,7 +193,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def check_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Offsets (B + 1,) of the trajectories of padded (B, T) or packed (N,) tokens in their flat order; `name` names the tokens."""
+    """Return the offsets (B + 1,) at which the trajectories begin and end in the flat order of the tokens.
+
+    Padded tokens (B, T) have the offsets 0, T, ..., B T. Packed tokens (N,) need `cu_seqlens`, which is checked and returned.
+    Messages call the tokens `name`."""
     if cu_seqlens is None:
         if tokens.dim() != 2:
             raise ValueError(
@@ -210,7 +220,8 @@ def check_offsets(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Tenso
 
 
 def check_all(name: str, value: Tensor | None, good: Callable[[Tensor], Tensor], expected: str) -> None:
-    """Every element of an optional tensor passes `good`; unread while compiling and where values are not read."""
+    """Raise ValueError unless `good` is true for every element of `value`. Nothing is read for None, under torch.compile, or where
+    values are not checked (`checks_values`)."""
     if value is None or torch.compiler.is_compiling() or not checks_values(value):
         return
     bad = ~good(value)

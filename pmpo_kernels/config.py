@@ -1,11 +1,12 @@
-"""`LossConfig`: every choice of the loss, validated once; `TrajectoryOptions`: the same choices as numbers for the kernels."""
+"""`LossConfig`: every choice of the loss, validated once, and as the numbers that the stages read."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
+from pmpo_kernels.contract import ABSOLUTE, FIXED, RELATIVE, TARGET, AggregateOptions, TrajectoryOptions
 from pmpo_kernels.scalars import expect, finite_number, is_count, is_one_of
 
 ClipMode = Literal["token", "sequence", "none"]
@@ -18,60 +19,12 @@ Preset = Literal[
 ]  # fmt: skip
 """The constructors of `LossConfig`."""
 
-# `TrajectoryOptions.rule`: where a trajectory's p comes from.
-FIXED, RELATIVE, ABSOLUTE, TARGET = 0, 1, 2, 3
-
-
-class TrajectoryOptions(NamedTuple):
-    """What the `trajectory` stage of every implementation reads; bounds that do not apply are infinite."""
-
-    rule: float
-    power: float
-    power_min: float
-    power_max: float
-    full_clip_fraction: float
-    ess_sharpness: float
-    ess_floor: float
-    token_low: float
-    token_high: float
-    token_dual: float
-    token_under: float
-    sequence_low: float
-    sequence_high: float
-    sequence_dual: float
-    sequence_under: float
-    by_length: float
-    length_norm: float
-    beta: float
-    kl_order: float
-    kl_slope_order: float
-    kl_weighted: float
-    entropy_coef: float
-
-
-STATS = (
-    "tokens",
-    "weight",
-    "policy_loss",
-    "kl",
-    "entropy",
-    "power",
-    "ess",
-    "ess_target",
-    "clipped_low",
-    "clipped_high",
-    "ratio_sum",
-    "ratio_max",
-    "approx_kl",
-)
-"""Rows of the `trajectory` stage's statistics (S, B) float64, in every implementation; sums over a trajectory's tokens."""
-
 TEMPERATURE_RANGE = "a number from 1e-30 to 1e30"
 POWER_LIMIT = 1e30  # beyond it p^2 and p log a overflow float64
 
 
 def representable(temperature: float) -> bool:
-    """Whether a temperature and its inverse are normal numbers of float32, with room for a factor."""
+    """Whether float32 can hold a temperature and its inverse as normal numbers, with room for another factor."""
     return 1e-30 <= temperature <= 1e30
 
 
@@ -177,14 +130,14 @@ class LossConfig:
             expect("max_length", given is None, f'None with loss_agg_mode="{self.loss_agg_mode}"', given)
 
     def _number(self, name: str, expected: str) -> float:
-        """The option as a float, which it becomes: the operators take no integer beyond 64 bits."""
+        """Return the option as a float, and store it as one, because the operators take no integer beyond 64 bits."""
         value = finite_number(name, getattr(self, name), expected)
         object.__setattr__(self, name, value)
         return value
 
     @staticmethod
     def ratio_clip(eps_low: float, eps_high: float) -> dict[str, float]:
-        """`clip_low`, `clip_high` (log space) of a ratio clip to [1 - eps_low, 1 + eps_high], for `LossConfig(**...)`."""
+        """Return `clip_low` and `clip_high` (log space), for `LossConfig`, that clip ratios to [1 - eps_low, 1 + eps_high]."""
         low = finite_number("eps_low", eps_low, "a number in (0, 1)")
         expect("eps_low", 0 < low < 1, "a number in (0, 1)", eps_low)
         high = finite_number("eps_high", eps_high, "a finite number > 0")
@@ -213,8 +166,9 @@ class LossConfig:
 
     @classmethod
     def bnpo(cls, **options: Any) -> LossConfig:
-        """TRL's loss_type "bnpo": GRPO with its clip of 1 +- 0.2, the mean over all tokens of the call (those of this rank
-        and micro-batch, unless `denominator` is given)."""
+        """TRL's loss_type "bnpo": GRPO with its clip of 1 +- 0.2, averaged over all tokens of the call.
+
+        Those are the tokens of this rank and micro-batch, unless `denominator` is given."""
         return cls.grpo(**{"loss_agg_mode": "token-mean", **options})
 
     @classmethod
@@ -250,7 +204,9 @@ class LossConfig:
         return cls.holder_token(power, **{**cls.ratio_clip(0.2, eps_high), **options})
 
     def trajectory_options(self, *, has_power: bool, has_target_ess: bool) -> TrajectoryOptions:
-        """These options as the numbers the kernels read; `has_power`, `has_target_ess`: p or ESS* is given per trajectory."""
+        """Return these options as the numbers that the stage `trajectory` reads.
+
+        `has_power` and `has_target_ess` say that the call gives p or ESS* of each trajectory, which replaces the rule."""
         if has_power or self.power != "ess":
             rule = FIXED
         elif has_target_ess:
@@ -281,3 +237,8 @@ class LossConfig:
             float(self.kl_bias_correction),
             self.entropy_coef,
         )
+
+    def aggregate_options(self, limit: float = math.inf, entropy_factor: float = 1.0) -> AggregateOptions:
+        """The options of the stage `aggregate`, which describes `limit` and `entropy_factor`."""
+        by_tokens = float(self.loss_agg_mode == "token-mean")
+        return AggregateOptions(by_tokens, self.beta, self.entropy_coef, limit, entropy_factor)

@@ -12,7 +12,8 @@ NOT_BUILT = Path(__file__).with_name("cpp_not_built.txt")
 
 
 def load(name: str = "pmpo_kernels._C", note: Path = NOT_BUILT) -> tuple[ModuleType | None, str]:
-    """(the extension, "") or (None, the reason why it is not there), which the build leaves in `note`."""
+    """Import the extension. Return it with "", or None with the reason why it cannot be used. Where it was not built, setup.py has
+    left the reason in the file `note`."""
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
@@ -28,4 +29,4 @@ def load(name: str = "pmpo_kernels._C", note: Path = NOT_BUILT) -> tuple[ModuleT
 
 extension, problem = load()
 isa: str = "" if extension is None else extension.isa()
-"""The instruction set that its kernels use on this machine."""
+"""The instruction set that the C++ kernels use on this machine; "" without the extension."""

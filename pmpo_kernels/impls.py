@@ -1,4 +1,4 @@
-"""Which implementations run here, and why the others do not."""
+"""The implementations by name: which of them can run here, why the others cannot, and which one a call uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once:
 
 
 def _problem(impl: str) -> str | None:
-    """Why an implementation cannot run here. Asks nothing that torch.compile cannot trace, such as a device's name."""
+    """Why an implementation cannot run here, or None if it can. torch.compile must be able to trace this: no device is named."""
     if impl == "triton" and not TRITON_INSTALLED:
         return "Triton is not installed (pip install triton)"
     if impl == "triton" and not interpreted() and not torch.cuda.is_available():
@@ -28,12 +28,12 @@ def _problem(impl: str) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run under its interpreter, on CPU tensors."""
+    """Whether Triton kernels run under Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def available_impls() -> dict[str, str]:
-    """Each implementation's name with "usable ..." or the reason why it cannot run here.
+    """Return each implementation's name with "usable ..." or with the reason why it cannot run here.
 
     >>> available_impls()["reference"]
     'usable on any device (eager PyTorch, the specification)'
@@ -46,7 +46,7 @@ def available_impls() -> dict[str, str]:
 
 
 def default_impls() -> dict[str, str]:
-    """What impl=None chooses for CPU and for GPU tensors, with the reason where it is not the fastest or none.
+    """Return what impl=None chooses for CPU and for GPU tensors, with the reason where that is a slower one or none.
 
     >>> default_impls()["GPU tensors"]
     'none: no GPU is visible to PyTorch'
@@ -62,9 +62,9 @@ def default_impls() -> dict[str, str]:
 
 
 def resolve_impl(impl: str | None, device: torch.device) -> str:
-    """The implementation that runs on `device`: the named one or an error with the reason; None chooses.
+    """Return the implementation that runs on `device`: the named one, or the one that None chooses.
 
-    None chooses Triton for GPU tensors, and for CPU tensors C++ or, where it is not built, the reference.
+    None chooses Triton for GPU tensors, C++ for CPU tensors, and the reference elsewhere and where C++ is not built.
 
     Raises:
         ValueError: an unknown name.

@@ -8,8 +8,8 @@ import torch
 
 
 def available_memory(device: str | torch.device) -> int | None:
-    """Free bytes of the GPU, what PyTorch's allocator holds unused among them, or of main memory without swapping; None where the
-    system does not tell."""
+    """Free memory in bytes that PyTorch could use on a device, or None where the system does not tell. On a GPU this includes what
+    PyTorch's allocator holds unused. On a CPU it is what is available without swapping (Linux only)."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,8 +1,8 @@
-"""The stages and `solve_power` as `torch.library` operators: one schema and one fake each, an overload an implementation.
+"""The stages and `solve_power` as `torch.library` operators: one schema and one fake each, and an overload for each implementation.
 
 `torch.ops.pmpo_kernels.token_logp.triton`, `.cpp` and `.reference` are the same operator by different means. Lengths,
 strides and options are run-time values. `dlogits_` is `dlogits` written over the logits. `scale_` is the backward pass of the fused
-head, on a CPU one operator of PyTorch.
+head; on a CPU it is one operator of PyTorch, so C++ has none.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmpo_kernels.aggregate import METRICS, Aggregation
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.checks import FLOATS, check_cu_seqlens, check_token_ids
-from pmpo_kernels.config import STATS, TrajectoryOptions
-from pmpo_kernels.reference import compute_dtype
+from pmpo_kernels.contract import METRICS, STATS, AggregateOptions, TrajectoryOptions, compute_dtype
 
+REQUIRED = set(Batch._fields) - set(Batch._field_defaults)
+BATCH = ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in Batch._fields)
 SCHEMAS = {
     "token_logp": "(Tensor logits, Tensor token_ids, Tensor? mask, float temperature)"
     " -> (Tensor logp, Tensor row_max, Tensor row_sum, Tensor entropy)",
-    "trajectory": "(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor? mask, Tensor cu_seqlens,"
-    " Tensor? ref_logp, Tensor? rollout_weights, Tensor? entropy, Tensor? power, Tensor? target_ess,"
-    " Tensor? policy_mask, float[] options)"
+    "trajectory": f"(Tensor logp, Tensor? entropy, {BATCH}, float[] options)"
     " -> (Tensor dlogp, Tensor dentropy, Tensor stats)",
     "aggregate": "(Tensor stats, Tensor? denominator, Tensor? largest, Tensor? skipped, float[] options, ScalarType dtype)"
     " -> (Tensor loss, Tensor denominator, Tensor metrics, Tensor clip_fraction)",
@@ -45,7 +44,7 @@ STAGES = ("token_logp", "trajectory", "aggregate", "dlogits", "dlogits_")
 
 
 class Implementation(NamedTuple):
-    """Operators of one implementation, the module with functions of their names, and the device keys it serves.
+    """An implementation: its operators, the module with functions of their names, and the device keys it serves.
 
     The compiled extension (`cpp`) registers its kernels itself, for CPU, and checks values itself.
     """
@@ -69,7 +68,7 @@ def _token_logp_fake(logits: Tensor, token_ids: Tensor, mask: Tensor | None, tem
 
 
 def _trajectory_fake(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    advantages, entropy, options = args[1], args[6], TrajectoryOptions(*args[-1])
+    entropy, advantages, options = args[0], args[1], TrajectoryOptions(*args[-1])
     with_entropy = entropy is not None and options.entropy_coef != 0
     return (
         logp.new_empty(logp.numel(), dtype=torch.float64),
@@ -106,12 +105,12 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 
 def stage(name: str, impl: str) -> Callable[..., Any]:
-    """The operator of one stage, `scale_` or `solve_power`, and implementation."""
+    """The operator `name`, a stage, `scale_` or `solve_power`, of one implementation."""
     return getattr(getattr(torch.ops.pmpo_kernels, name), impl)  # type: ignore[no-any-return]
 
 
 def check_operands(name: str, args: tuple[Any, ...]) -> None:
-    """What an implementation in Python reads is there: sizes, device, dtype of masks. Public calls have checked more."""
+    """Check what an implementation in Python relies on: sizes, device, dtype of masks. Public calls have checked more."""
     given = dict(zip(NAMES[name], args, strict=True))
     first = args[0]
     if "logits" in given:
@@ -163,10 +162,11 @@ def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
     if name == "token_logp":
         check_token_ids(args[1], args[2], args[0].shape[-1])
     if name == "trajectory":
-        check_cu_seqlens(args[4], args[0].numel())
-        args = (*args[:-1], TrajectoryOptions(*args[-1]))
+        logp, entropy, *batch, options = args
+        check_cu_seqlens(batch[1], logp.numel())
+        args = (logp, entropy, Batch(*batch), TrajectoryOptions(*options))
     if name == "aggregate":
-        args = (*args[:-2], Aggregation(*args[-2]), args[-1])
+        args = (*args[:-2], AggregateOptions(*args[-2]), args[-1])
     if name == "solve_power":
         check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)

@@ -1,13 +1,14 @@
-"""The specification: each stage as short eager functions, one per arrow of the flow, any float dtype.
+"""The specification: the stages in eager PyTorch, one function for each arrow of the flow, for any float dtype.
 
     logits --token_logp--> logp, row_max, row_sum, entropy
     logp   --trajectory--> stats (policy loss, p, ESS, ...), dlogp, dentropy
     logits --dlogits-----> gradient of the logits
     stats  --aggregate---> loss, metrics
 
-Every function but `newton`, `solve_power` and the two gradients is differentiable by autograd, which is how the gradients written
-out here (and in C++ and Triton, in the same order with the same names) are tested. Values are selected before `exp`,
-never multiplied by a mask after it. The `trajectory` stage computes in float64: it costs O(tokens).
+Autograd can differentiate everything but `newton`, `solve_power` and the two gradients, dlogp and dlogits. This is how the
+gradients written out here are tested. C++ and Triton do the same in the same order with the same names. Values are selected before
+`exp`, never multiplied by a mask after it. The `trajectory` stage computes in float64, because it costs only O(tokens). Section
+numbers are those of docs/mathematics.md.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.aggregate import aggregate as aggregate
-from pmpo_kernels.config import ABSOLUTE, FIXED, STATS, TARGET, TrajectoryOptions
-
-MAX_NEWTON_ITERATIONS = 20
-NEWTON_TOLERANCE = 1e-10
-
-
-ELSEWHERE = -(2**31)
-"""The id of a target in another rank's part of the vocabulary, for `dlogits`: the row has no target column here."""
-
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import (
+    ABSOLUTE,
+    ELSEWHERE,
+    FIXED,
+    MAX_NEWTON_ITERATIONS,
+    NEWTON_TOLERANCE,
+    STATS,
+    TARGET,
+    TrajectoryOptions,
+)
+from pmpo_kernels.contract import (
+    compute_dtype as compute_dtype,
+)
 
 # --- stage 1: token_logp ---------------------------------------------------------------------------------------------
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; float32 and below are computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def token_logp(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp = z_y/T - logsumexp(z/T) and entropy H = -sum_j q_j log q_j at temperature T, z the logits (design 2.1, 2.7).
+    """logp = z_y/T - logsumexp(z/T) and entropy H = -sum_j q_j log q_j of logits z at temperature T (sections 1 and 8).
 
-    The logsumexp is returned in two parts, `row_max` = max z and `row_sum` = sum exp((z - row_max)/T): one float32 number
-    would cost the gradient up to 1e-6 of relative accuracy. The maximum is subtracted before the division, so that what
-    is rounded is small where q is large. Masked rows give 0 (row_sum 1); an id outside [0, V) gives NaN.
+    Returns logp, row_max, row_sum, entropy, (B, T) each. The logsumexp comes in two parts, `row_max` = max z and
+    `row_sum` = sum exp((z - row_max)/T), because one float32 number would cost the gradient up to 1e-6 of relative accuracy. The
+    maximum is subtracted before the division, so that what is rounded is small where q is large. Masked rows give 0 (row_sum 1);
+    an id outside [0, V) gives NaN.
 
-    Args: logits (B, S, V) with S = T or T + 1, token_ids (B, T), mask (B, T) bool or None. Returns four (B, T) tensors.
+    Args: logits (B, S, V) with S = T or T + 1, token_ids (B, T), mask (B, T) bool or None.
     """
     T, V = token_ids.shape[1], logits.shape[2]
     keep = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
@@ -70,7 +72,8 @@ def token_logp(
 
 
 class Segments:
-    """Reductions over the tokens of each trajectory of a flat (N,) tensor, and the way back."""
+    """The trajectories of a flat (N,) tensor of tokens. `sum` and `max` reduce (N,) to one number a trajectory (B,). `spread` gives
+    each token the number of its trajectory."""
 
     def __init__(self, cu_seqlens: Tensor, tokens: int) -> None:
         self.offsets = cu_seqlens.long().clamp(0, tokens)  # unchecked ones on a GPU read nothing out of bounds
@@ -89,7 +92,7 @@ class Segments:
 
 
 class LogWeights(NamedTuple):
-    """l = log a of each token, centred on each trajectory's mean; dead = some a_t is 0."""
+    """The log weights l = log a of the tokens, centred on each trajectory's mean. Weights of 0 are kept apart from the rest."""
 
     x: Tensor  # (N,) l - mean, 0 where not alive
     alive: Tensor  # (N,) bool: a token of the policy term with a_t > 0
@@ -104,10 +107,10 @@ class LogWeights(NamedTuple):
 def clip_log_ratio(
     d: Tensor, advantage: Tensor, low: float, high: float, dual: float, under: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The pessimistic clip of design 2.2, on tokens' d or trajectories' log M_p: (clipped d, below, above).
+    """Clip tokens' d or trajectories' log M_p pessimistically (section 2); return them and whether each was below or above.
 
-    A > 0: from -under, infinite unless the clip is two-sided, to high. A < 0: from -low to dual, which is high where it is.
-    """
+    For A > 0 the bounds are -under, infinite unless the clip is two-sided, and high. For A < 0 they are -low and dual, which is
+    high in a two-sided clip. A = 0 clips nothing."""
     unbounded = torch.full_like(advantage, torch.inf)
     floor = torch.where(advantage < 0, -low, torch.where(advantage > 0, -under, -unbounded))
     ceiling = torch.where(advantage > 0, high, torch.where(advantage < 0, dual, unbounded))
@@ -116,7 +119,7 @@ def clip_log_ratio(
 
 
 def centre(log_weights: Tensor, valid: Tensor, seg: Segments) -> LogWeights:
-    """Split l (N,) into its trajectory mean and the rest, zero weights set aside."""
+    """Split log weights l (N,) into each trajectory's mean and the rest, with weights of 0 (l = -inf) set aside."""
     zero = valid & (log_weights == -torch.inf)
     alive = valid & ~zero
     count = seg.sum(alive.double())
@@ -136,7 +139,7 @@ def centre(log_weights: Tensor, valid: Tensor, seg: Segments) -> LogWeights:
 
 
 class Moments(NamedTuple):
-    """The weights a^p of each trajectory at one p."""
+    """What the loss and the solver need of the weights a^p of each trajectory, at its p."""
 
     log_mean: Tensor  # (B,) log( (1/n) sum a^p ), of a centred on its mean
     deficit: Tensor  # (B,) log(n / ESS(p)) = log(1 + CV^2 of a^p)
@@ -144,7 +147,7 @@ class Moments(NamedTuple):
 
 
 def moments(l: LogWeights, p: Tensor) -> Moments:
-    """Numerics of design 6: centred expm1 where max |p x| < 1, else shifted exp; so small p keeps its digits."""
+    """`Moments` at p (B,): by expm1 where max |p x| < 1, so that a small p keeps its digits, elsewhere by exp, shifted."""
     n = l.tokens.clamp(min=1)
     top = torch.maximum(p * l.x_min, p * l.x_max)
     small = (torch.maximum(top, -torch.minimum(p * l.x_min, p * l.x_max)) < 1) & ~l.has_zero
@@ -164,19 +167,19 @@ def moments(l: LogWeights, p: Tensor) -> Moments:
 
 
 def nothing_left(l: LogWeights, p: Tensor) -> Tensor:
-    """(B,) bool: M_p = 0, because p <= 0 meets a zero weight or all weights are zero."""
+    """Whether M_p is 0, (B,) bool: because p <= 0 meets a weight of 0, or all weights are 0."""
     return l.has_zero & ((p <= 0) | (l.seg.sum(l.alive.double()) == 0))
 
 
 def log_power_mean(l: LogWeights, p: Tensor, log_mean: Tensor) -> Tensor:
-    """log M_p of design 2.3 for any real p: the mean of log a at p = 0; -inf where M_p = 0."""
+    """log M_p (B,) for any real p (section 3). At p = 0 it is the mean of log a; it is -inf where M_p = 0."""
     at_zero = p == 0
     value = l.mean + torch.where(at_zero, 0, log_mean / torch.where(at_zero, 1, p))
     return torch.where(nothing_left(l, p), -torch.inf, value)
 
 
 def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o: TrajectoryOptions) -> Tensor:
-    """log(n / ESS*) (B,) of the rule in design 2.4, from the number of clipped tokens (B,)."""
+    """log(n / ESS*) (B,), the target that the rule makes of the number of clipped tokens (B,) or of target_ess (B,) (section 6)."""
     n = l.tokens.clamp(min=1)
     if o.rule == TARGET:
         assert target_ess is not None
@@ -190,11 +193,11 @@ def target_deficit(l: LogWeights, clipped: Tensor, target_ess: Tensor | None, o:
 
 @torch.no_grad()
 def newton(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -> tuple[Tensor, Tensor]:
-    """p (B,) with log(n / ESS(p)) = deficit, and its Newton iterations (B,): design 2.5, in u = p^2 inside a bracket.
+    """Return p (B,) at which log(n / ESS(p)) = deficit, and the Newton iterations (B,) int64 (section 6).
 
-    From below the root a second Newton step, on log(deficit(power_max) - deficit(p)), is tried: that is nearly
-    linear where the ESS saturates, and the farther step inside the bracket wins. A deficit out of reach gives the nearest end
-    of [power_min, power_max]; equal weights give power_max; NaN in the deficit or the weights gives NaN.
+    Newton runs in u = p^2 inside a bracket. From below the root a second step is tried, on log(deficit(power_max) - deficit(p)),
+    which is nearly linear where the ESS saturates; the farther step inside the bracket wins. A deficit out of reach gives the
+    nearest end of [power_min, power_max]; equal weights give power_max; NaN in the deficit or the weights gives NaN.
     """
     n = l.tokens.clamp(min=1)
     lo, hi = torch.full_like(n, power_min**2), torch.full_like(n, power_max**2)
@@ -224,8 +227,10 @@ def newton(l: LogWeights, deficit: Tensor, power_min: float, power_max: float) -
 
 
 def kl_penalty(r: Tensor, d: Tensor, o: TrajectoryOptions) -> tuple[Tensor, Tensor]:
-    """Estimators k1, k2, k3 of KL(policy, reference) at r = ref_logp - logp, and their derivative in logp, perhaps that of
-    another (by autograd too); with `kl_weighted` times exp(d), which depends on logp too."""
+    """Estimate of KL(policy, reference) for each token, k1, k2 or k3 at r = ref_logp - logp, and its derivative in logp.
+
+    Where `kl_slope_order` names another estimator, the derivative is that one's, by autograd too. With `kl_weighted` the estimate
+    is multiplied by exp(d), which depends on logp too."""
     values = (-r, r * r / 2, torch.expm1(r) - r)
     slopes = (torch.ones_like(r), -r, -torch.expm1(r))
     order, slope_order = int(o.kl_order) - 1, int(o.kl_slope_order) - 1
@@ -236,7 +241,7 @@ def kl_penalty(r: Tensor, d: Tensor, o: TrajectoryOptions) -> tuple[Tensor, Tens
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None, valid: Tensor) -> Tensor:
-    """d = logp - old_logp (N,) float64, 0 where masked; on-policy (old_logp None) it is 0 and still has a gradient."""
+    """d = logp - old_logp (N,) in float64, 0 where masked. On-policy (old_logp None) it is 0 and still has a gradient."""
     logp = torch.where(valid, logp, 0).double()
     if old_logp is not None:
         return logp - torch.where(valid, old_logp, 0).double()
@@ -246,7 +251,7 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None, valid: Tensor) -> Tensor:
 def choose_power(
     l: LogWeights, clipped: Tensor, power: Tensor | None, target_ess: Tensor | None, o: TrajectoryOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """p (B,) and, where it is solved, the deficit log(n / ESS*) that it was solved for."""
+    """Return p (B,) and the deficit log(n / ESS*) (B,) that it was solved for, None where p is given."""
     if o.rule == FIXED:
         return torch.full_like(l.mean, o.power).detach() if power is None else power.double(), None
     with torch.no_grad():
@@ -255,41 +260,31 @@ def choose_power(
 
 
 def trajectory(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logp: Tensor | None,
-    rollout_weights: Tensor | None,
-    entropy: Tensor | None,
-    power: Tensor | None,
-    target_ess: Tensor | None,
-    policy_mask: Tensor | None,
-    options: TrajectoryOptions,
+    logp: Tensor, entropy: Tensor | None, batch: Batch, options: TrajectoryOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics and per-token gradient of every trajectory (design 2.2 - 2.7), before the division by D.
+    """Loss, statistics and per-token gradient of every trajectory (sections 2 to 8), before the division by D.
 
-    Token tensors are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1]; advantages, power and
-    target_ess (B,). Returns, all in float64, dlogp (N,), dentropy (N,) (empty without an entropy term) and
-    stats (S, B), see `STATS`. Response tokens that policy_mask (N,) bool leaves out count in the averages with a term of 0: of
-    k of n tokens the policy loss is -A (k/n) M_p, with M_p, W, ESS and p those of the k.
+    logp and entropy are flat (N,) like the tokens of the batch. Returns, all in float64, dlogp (N,), dentropy (N,) (empty
+    without an entropy term) and stats (S, B), see `STATS`.
+
+    Response tokens that `policy_mask` leaves out count in the averages with a term of 0. Where it keeps k of n tokens, the
+    policy loss is -A (k/n) M_p, with M_p, W, ESS and p those of the k.
     """
-    o, seg = options, Segments(cu_seqlens, logp.numel())
-    valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    A = advantages.double()
+    o, seg = options, Segments(batch.cu_seqlens, logp.numel())
+    valid = torch.ones_like(logp, dtype=torch.bool) if batch.mask is None else batch.mask
+    A, ref_logp = batch.advantages.double(), batch.ref_logp
 
-    d = log_ratio(logp, old_logp, valid)
+    d = log_ratio(logp, batch.old_logp, valid)
     log_a, below, above = clip_log_ratio(d, seg.spread(A), o.token_low, o.token_high, o.token_dual, o.token_under)
-    if rollout_weights is not None:
-        log_a = log_a + torch.where(valid, rollout_weights, 1).double().log()
-    counts = valid if policy_mask is None else valid & policy_mask
+    if batch.rollout_weights is not None:
+        log_a = log_a + torch.where(valid, batch.rollout_weights, 1).double().log()
+    counts = valid if batch.policy_mask is None else valid & batch.policy_mask
     l = centre(log_a, counts, seg)
     k, tokens = l.tokens.clamp(min=1), seg.sum(valid.double())
     n, some = tokens.clamp(min=1), tokens > 0
     clipped_low, clipped_high = seg.sum((counts & below).double()), seg.sum((counts & above).double())
 
-    p, deficit = choose_power(l, clipped_low + clipped_high, power, target_ess, o)
+    p, deficit = choose_power(l, clipped_low + clipped_high, batch.power, batch.target_ess, o)
     at = moments(l, p)
     log_m = log_power_mean(l, p, at.log_mean)
     sequence = (o.sequence_low, o.sequence_high, o.sequence_dual, o.sequence_under)
@@ -342,10 +337,9 @@ def trajectory(
 def solve_power(
     log_weights: Tensor, mask: Tensor | None, cu_seqlens: Tensor, target_ess: Tensor, power_max: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """p (B,) at which ESS(p) = target_ess (B,), the Newton iterations, and the residual in log(n / ESS): float64.
-
-    log_weights l = log a and mask are flat (N,), trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1].
-    """
+    """Return p (B,) at which ESS(p) = target_ess (B,), the Newton iterations (B,), and the residual of log(n / ESS) (B,).
+    log_weights l = log a and mask are flat (N,), and trajectory i owns tokens cu_seqlens[i] : cu_seqlens[i + 1]. p and the residual
+    are float64."""
     valid = torch.ones_like(log_weights, dtype=torch.bool) if mask is None else mask
     seg = Segments(cu_seqlens, log_weights.numel())
     l = centre(torch.where(valid, log_weights, 0).double(), valid, seg)
@@ -369,12 +363,12 @@ def dlogits(
     temperature: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits (design 2.3, 2.7), q = softmax(logits / temperature):
+    """Gradient of the logits (section 9), with q = softmax(logits / temperature):
 
         dlogits_j = ( dlogp (1[j = y] - q_j) - dentropy q_j (log q_j + H) ) / temperature
 
-    Written to `out` if given, which may be the logits. Rows that are masked, beyond T, or whose dlogp and dentropy are
-    both 0 are exactly 0 and do not depend on the logits. At the id `ELSEWHERE` no column is the target; other ids outside
+    It is written to `out` if that is given, which may be the logits. Rows that are masked or beyond T, or whose dlogp and dentropy
+    are both 0, are exactly 0 and do not depend on the logits. With the id `ELSEWHERE` no column is the target; other ids outside
     [0, V) give NaN.
     """
     T = token_ids.shape[1]
@@ -399,11 +393,11 @@ def dlogits(
 # --- the fused head's backward pass ----------------------------------------------------------------------------------
 
 
-SCALE_BLOCK = 2**22  # elements that are in the factor's dtype at a time
+SCALE_BLOCK = 2**22  # elements that are converted to the factor's dtype at a time
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """gradient times factor (), in place: computed in the factor's dtype and rounded once."""
+    """Multiply the gradient in place by factor (0-d), computed in the factor's dtype and rounded once."""
     if gradient.device.type == "cpu":
         if factor != 1:
             gradient.mul_(

@@ -1,4 +1,4 @@
-"""Numbers, flags and choices as a caller passes them: checked, and told in an error by argument, expected and got."""
+"""Checks of the plain numbers and choices that a caller passes, and how such a value is shown in an error message."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ _REPR.maxstring = _REPR.maxother = 120
 
 
 def shown(value: object) -> str:
-    """`value` in a message: short, whatever it is (Python refuses to write out integers of thousands of digits)."""
+    """Return a short text for `value` in a message, whatever it is. Python refuses to write out integers of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an int of {value.bit_length()} bits"
     return " ".join(_REPR.repr(value).split())
 
 
 def expect(name: str, ok: bool, expected: str, got: object) -> None:
-    """ValueError unless `ok`."""
+    """Raise a ValueError that names argument, expected and got, unless `ok`."""
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {shown(got)}")
 
 
 def is_number(value: object) -> bool:
-    """An int or float, no bool, that is a finite number of float64: integers beyond its range are compared exactly."""
+    """Whether `value` is an int or a float, no bool, within the range of float64. NaN and infinity are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def finite_number(name: str, value: Any, expected: str) -> float:
-    """`value` as a float, if it is a finite number."""
+    """Return `value` as a float if it is a finite number; otherwise raise ValueError with the text `expected`."""
     expect(name, is_number(value), expected, value)
     return float(value)
 
 
 def is_one_of(value: object, choices: Any) -> bool:
-    """Of a tuple or a Literal of strings and None. What compares element by element, such as an array, is none."""
+    """Whether `value` is one of `choices`, a tuple or a Literal of strings and None. The type is asked first, because an array
+    would compare element by element."""
     choices = choices if isinstance(choices, tuple) else get_args(choices)
     return (value is None or isinstance(value, str)) and value in choices
 
 
 def is_count(value: object) -> bool:
-    """An int > 0, no bool, of 64 bits."""
+    """Whether `value` is an int > 0, no bool, that fits into 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63

@@ -1,6 +1,6 @@
-"""What is decided outside the loss: p and clip of a step, advantages of a group, weights of a rollout.
+"""What a training step computes before the loss and passes to it: p, the upper clip, advantages, rollout weights.
 
-Functions of numbers and small tensors, on any device. None of them carries a gradient.
+These are functions of numbers and small tensors on any device. None of them carries a gradient.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import checks
-from pmpo_kernels.arguments import as_bool
-from pmpo_kernels.reference import Segments, compute_dtype
+from pmpo_kernels.batch import as_bool
+from pmpo_kernels.contract import compute_dtype
+from pmpo_kernels.reference import Segments
 
 Shape = Literal["linear", "square", "cube", "sine"]
 Baseline = Literal["mean", "leave-one-out"]
@@ -210,7 +211,7 @@ def rollout_weights(
 
 
 def _check_rewards(rewards: Tensor) -> Tensor:
-    """A constant of shape (B,)."""
+    """Return `rewards` if they are a float tensor (B,) without a gradient; otherwise raise."""
     if checks.check_dense("rewards", rewards).dim() != 1:
         raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
     checks.check_constant("rewards", rewards, dtypes=checks.FLOATS, device=rewards.device, shape=rewards.shape)
@@ -218,7 +219,7 @@ def _check_rewards(rewards: Tensor) -> Tensor:
 
 
 def _reward_statistics(rewards: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of a batch's rewards, float64, on the host."""
+    """Mean and standard deviation of a batch's rewards, computed in float64 on the host. A negative mean raises."""
     r = _check_rewards(rewards).cpu().double()
     if r.numel() == 0:
         raise ValueError(f"rewards: expected at least one, got shape {tuple(rewards.shape)}")
@@ -232,7 +233,9 @@ def _reward_statistics(rewards: Tensor) -> tuple[float, float]:
 
 
 def _by_group(groups: Tensor | int, rewards: Tensor) -> tuple[Tensor, Segments]:
-    """The order (B,) that puts groups side by side, and B segments in that order, the last ones empty."""
+    """Return the order (B,) that puts the rewards of a group side by side, and the groups as segments in that order.
+
+    There are always B segments, so that nothing waits for a GPU to count the groups; the last ones are empty."""
     B, device = rewards.numel(), rewards.device
     if isinstance(groups, Tensor):
         checks.check_tensor("groups", groups, dtypes=checks.INTEGERS, device=device, shape=(B,))
@@ -250,7 +253,9 @@ def _by_group(groups: Tensor | int, rewards: Tensor) -> tuple[Tensor, Segments]:
 def _log_ratio(
     logp: Tensor, rollout_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Segments]:
-    """d (N,) float64, 0 where masked; the mask (N,) bool; the trajectories."""
+    """Check the arguments of `rollout_weights` and return them flat.
+
+    d = logp - rollout_logp (N,) float64, without a gradient and 0 where masked; the mask (N,) bool; the trajectories."""
     if checks.check_dense("logp", logp).dim() not in (1, 2):
         raise ValueError(f"logp: expected shape (B, T) or (N,), got {tuple(logp.shape)}")
     device, shape = logp.device, logp.shape

@@ -1,74 +1,76 @@
-"""What a call does before and after its kernels where several devices may share it; here one device has everything."""
+"""What a call does before and after its kernels because several devices may share it. Here one device has everything."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.autograd import Parts, TrajectoryInputs
+from pmpo_kernels.autograd import Parts
+from pmpo_kernels.batch import Batch, Call
 
 Split = Literal["contiguous", "zigzag"]
 
 
 class Whole(NamedTuple):
-    """Whole trajectories, of whose tokens this rank has those at `own`; None for all of them."""
+    """Tokens of whole trajectories, flat. This rank has those at the positions `own`; None means all of them."""
 
     logp: Tensor
     entropy: Tensor | None
-    inputs: TrajectoryInputs
+    batch: Batch
     own: Tensor | None
 
 
 class Sharing:
-    """One device; `distributed.shared.Shared` is several."""
+    """A call on one device. `distributed.shared.Shared` is one on several and overrides every method."""
 
-    parts: Parts | None = None  # of the vocabulary
-    splits_trajectories = False
+    parts: Parts | None = None  # of a vocabulary that is split
+    splits_trajectories = False  # other ranks have other tokens of each trajectory
+    sums_over_data = False  # other ranks have other trajectories of the batch
 
     def agreement(self) -> contextlib.AbstractContextManager[object]:
-        """Around checks: what one rank raises there is raised on all."""
+        """The context in which a call checks its arguments: what one rank raises in it is raised on all."""
         return contextlib.nullcontext()
 
     def describe(
         self,
         vocabulary: int,
         tokens: Tensor,
-        inputs: TrajectoryInputs,
-        denominator: Tensor | None,
+        call: Call,
         everywhere: tuple[object, ...],
         of_tokens: tuple[object, ...] = (),
     ) -> None:
-        """Within the agreement: the sizes of this rank's part, and what others must have alike, plain values: those that share its
-        trajectories `everywhere`, those that share its tokens `of_tokens` too."""
+        """Tell the others, within the agreement, the sizes of this rank's part and what they must have alike.
+
+        Ranks that share the trajectories must have the same `everywhere`, plain values; those that share the tokens must have the
+        same `of_tokens` too.
+        """
 
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
-        """Of the whole vocabulary, on all ranks; on one device the stages check them."""
+        """Check on all ranks that ids lie in the whole vocabulary. On one device the stages do that."""
 
-    def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
-        """Whole trajectories from this rank's tokens (N,)."""
-        return Whole(logp, entropy, inputs, None)
+    def gather(self, logp: Tensor, entropy: Tensor | None, batch: Batch) -> Whole:
+        """The tokens of whole trajectories, from logp and entropy (N,) and the batch of this rank's tokens."""
+        return Whole(logp, entropy, batch, None)
 
     def whole_lengths(self, tokens: Tensor) -> Tensor:
         """Response tokens of whole trajectories (B,) from those of this rank's part."""
         return tokens
 
-    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], options: Aggregation) -> Tensor | None:
-        """D of the trajectories of all ranks, from the tokens (B,) of this one's whole ones; None for those at hand."""
-        return given
+    def sum_over_data(self, count: Tensor) -> Tensor:
+        """The sum of a count () over the ranks that have other trajectories of the batch."""
+        return count
 
     def smallest(self, number: int) -> int:
-        """On the ranks that share the tokens."""
+        """The smallest such number on the ranks that share the tokens."""
         return number
 
     def sum_over_vocabulary(self, gradient: Tensor) -> None:
-        """The gradient of what all parts of the vocabulary read, in place."""
+        """Add up, in place, the gradient of something that every part of the vocabulary has read."""
 
     def everywhere(self, finite: Tensor) -> Tensor:
-        """Whether (0-d bool) it holds on all ranks that share the tokens or the trajectories."""
+        """A bool (), true where it is true on all ranks that share the tokens or the trajectories."""
         return finite
 
     def whole_vocabulary(self, own: int) -> int:

@@ -1,4 +1,4 @@
-"""The host-side Newton solver for p, in float64."""
+"""`solve_power`: p for a given effective sample size, by Newton's method on the host in float64."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from pmpo_kernels.scalars import expect
 
 
 class PowerResults(NamedTuple):
-    """How the solution was reached, (B,) each: Newton iterations (at most 20; 0 where an end of the bracket is the
-    answer) and residual log(n / ESS(p)) - log(n / target_ess), which is only 0 where the target can be reached."""
+    """How `solve_power` found the p of each trajectory.
+
+    iterations (B,) int64: Newton steps, at most 20; 0 where an end of the bracket is the answer. residual (B,) float64:
+    log(n / ESS(p)) - log(n / target_ess), which is 0 only where the target can be reached."""
 
     iterations: Tensor
     residual: Tensor
@@ -56,7 +58,8 @@ def solve_power(
 ) -> Tensor | tuple[Tensor, PowerResults]:
     """p in [0, power_max] at which ESS(p) = 1 / sum_t W_t(p)^2, W = softmax(p l), equals `target_ess` (arXiv 2601.22521).
 
-    Newton in u = p^2 on log(n / ESS(p)), started at log(n / ESS*) / Var(l), inside a bracket: on the host, float64.
+    It is found on the host in float64, by Newton's method in u = p^2 on log(n / ESS(p)) inside a bracket. The first u is
+    log(n / ESS*) / Var(l).
 
     Args:
         log_weights: l = log a, (B, T), or packed (N,) with cu_seqlens; float. -inf is a weight of 0.

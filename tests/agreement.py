@@ -1,4 +1,4 @@
-"""Does a call agree with the definition? Every entry of the gradient against a bound derived from the rounding of each step."""
+"""Whether a call agrees with the definition: every entry of the gradient within a bound derived from the rounding of each step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pmpo_kernels.verification import error_bound
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """16-bit logits are computed in float32."""
+    """Dtype of the arithmetic. 16-bit logits are computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -40,13 +40,14 @@ class Wanted(NamedTuple):
 
 
 def majorant(r: Tensor, d: Tensor, config: LossConfig) -> Tensor:
-    """At least |k|, |k'| and |k''| of each estimator at r, and of its product with exp(d), which has the sum of three of them."""
+    """Return a bound on |k|, |k'| and |k''| of each estimator at r, and of its product with exp(d), which has the sum of three of
+    them."""
     size = 1 + r.abs() + r * r / 2 + r.exp()
     return 4 * d.exp() * size if config.kl_bias_correction else size
 
 
 def wanted(batch: Batch, config: LossConfig, power: Tensor, D: float | None = None) -> Wanted:
-    """The definition at this p (B,)."""
+    """Evaluate the definition at this p (B,)."""
     trajectories = batch.trajectories()
     D = default_denominator(trajectories, config) if D is None else D
     found = [
@@ -86,7 +87,7 @@ def wanted(batch: Batch, config: LossConfig, power: Tensor, D: float | None = No
 
 
 class Bounds(NamedTuple):
-    """Relative bounds of `agreement`: `logits` on log q, `rows` on coefficients, `deficit` on log(n / ESS)."""
+    """The relative bounds of `assert_agrees`: `logits` on log q, `rows` on coefficients, `deficit` on log(n / ESS)."""
 
     logits: float
     loss: float
@@ -96,7 +97,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(batch: Batch, config: LossConfig, want: Wanted) -> Bounds:
-    """From `verification.error_bound`, whose derivation it keeps, and what the trajectory stage adds in float64.
+    """Derive the bounds, from `verification.error_bound`, whose derivation they keep, and from what float64 rounds after it.
 
     - log q: `delta`, that of `error_bound` at p = 0, halved (it has 2 delta), is a relative error of q;
     - rows, and the loss without stored rounding: `error_bound` with the largest |p|: (2 + 5 |p|) delta, 16 roundings, stored rounding;
@@ -132,7 +133,8 @@ def bounds(batch: Batch, config: LossConfig, want: Wanted) -> Bounds:
 
 
 def floors(batch: Batch, want: Wanted, scale: float) -> Tensor:
-    """What an entry may lose below the smallest normal number: a q of the arithmetic's and of the logits' dtype."""
+    """Return what an entry may lose below the smallest normal number: a q of the dtype of the arithmetic, and of that of the
+    logits."""
     dtype = batch.logits.dtype
     arithmetic = torch.finfo(compute_dtype(dtype)).tiny
     size = want.row + want.entropy_weight * (110 + want.entropy)
@@ -149,8 +151,8 @@ def row_size(want: Wanted, config: LossConfig) -> float:
 def call_and_want(
     batch: Batch, layout: Layout, config: LossConfig, impl: str, device: str, **kwargs: Any
 ) -> tuple[Call, Wanted, float]:
-    """A call, the definition at its p, and the scale of the call's gradient: that of float16 would fall below its normal
-    numbers, so the loss is scaled, as trainers do, until the largest entry is 2^12 or the factor is."""
+    """Return a call, the definition at its p, and the scale of the call's gradient. The gradient of float16 would fall below its
+    normal numbers, so the loss is scaled, as trainers do, until the largest entry is 2^12 or the factor is."""
     call_ = call(batch, layout, config, impl, device, **kwargs)
     want = wanted(batch, config, call_.out.power.cpu(), kwargs.get("denominator"))
     size = row_size(want, config)
@@ -161,7 +163,8 @@ def call_and_want(
 
 
 def assert_agrees(batch: Batch, config: LossConfig, call: Call, want: Wanted, scale: float = 1.0) -> None:
-    """Loss and each entry of the gradient (of `scale` times the loss) within their bounds; rows of no weight exactly 0."""
+    """Assert that loss and each entry of the gradient (of `scale` times the loss) are within their bounds, and rows of no weight
+    exactly 0."""
     b, T = bounds(batch, config, want), config.temperature
     assert call.others_are_zero
     loss = float(call.out.loss.detach())
@@ -191,7 +194,8 @@ def _ids(batch: Batch) -> Tensor:
 
 
 def assert_power(batch: Batch, config: LossConfig, call: Call, want: Wanted) -> None:
-    """p, ESS and clipped fraction; a solved p by its residual: ESS(p) = ESS*, or p is the nearer end."""
+    """Assert that p, ESS and clipped fraction are right. A solved p is judged by its residual: ESS(p) = ESS*, or p is the nearer
+    end."""
     b = bounds(batch, config, want)
     solved = config.power == "ess" and batch.power is None
     targets = [None] * len(batch.lengths) if batch.target_ess is None else batch.target_ess.tolist()
@@ -225,7 +229,7 @@ def assert_power(batch: Batch, config: LossConfig, call: Call, want: Wanted) -> 
 
 
 def well_posed(batch: Batch, config: LossConfig, want: Wanted) -> bool:
-    """Rounding decides no clip, a first-order bound says something, and the gradient does not overflow."""
+    """Whether rounding decides no clip, a first-order bound says something, and the gradient does not overflow."""
     b = bounds(batch, config, want)
     nearest = min([x.margin for x in want.trajectories if x is not None], default=math.inf)
     fits = row_size(want, config) < torch.finfo(batch.logits.dtype).max / 2

@@ -36,14 +36,14 @@ CONSTANT = "expected a tensor without requires_grad (it is a constant of the los
 
 
 class Call(NamedTuple):
-    """A function, and arguments by name with which it runs."""
+    """A function, and arguments by name with which it runs without an error."""
 
     function: Callable[..., Any]
     good: dict[str, Any]
 
 
 class Row(NamedTuple):
-    """`call` (a name in `CALLS`) with `change` for some of its good arguments raises `error` with `message`."""
+    """A bad call: `call`, a name in `CALLS`, with `change` for some of its good arguments raises `error` with `message`."""
 
     call: str
     change: dict[str, Any]
@@ -56,7 +56,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def exotic(like: Tensor) -> dict[str, Tensor]:
-    """Tensors of this shape, as far as it matters, that have no strides or no plain numbers."""
+    """Return tensors of this shape, as far as it matters, that have no strides or no plain numbers."""
     with warnings.catch_warnings():  # of prototypes, and of what is on its way out
         warnings.simplefilter("ignore")
         found = {
@@ -81,8 +81,8 @@ def tensor_rows(
     or_one_a_trajectory: int | None = None,
     not_a_tensor: tuple[type[Exception], str] = (TypeError, "expected a tensor, got {}"),
 ) -> Iterator[Row]:
-    """What is wrong with any tensor. `leading`: the first of the call, which says on which device the others are; `number`: a
-    number will do instead; `or_one_a_trajectory`: shape (B,) will do."""
+    """Yield what is wrong for any tensor. `leading` is the first tensor of the call, which says on which device the others are.
+    With `number` a number will do instead, with `or_one_a_trajectory` shape (B,) will."""
 
     def row(value: Any, error: type[Exception], message: str) -> Row:
         return Row(call, {name: value}, error, f"{name}: {message}")
@@ -126,7 +126,7 @@ NOT_NUMBERS: list[tuple[Any, str]] = [
 def number_rows(
     call: str, name: str, expected: str, bad: Sequence[float] = (), *, optional: bool = False, skip: Sequence[type] = ()
 ) -> Iterator[Row]:
-    """What is no finite number, and numbers out of range."""
+    """Yield what is no finite number, and numbers out of range."""
     for value, got in (*NOT_NUMBERS, *((value, repr(value)) for value in bad)):
         if not (value is None and optional) and type(value) not in skip:
             yield Row(call, {name: value}, ValueError, f"{name}: expected {expected}, got {got}")
@@ -141,7 +141,7 @@ def count_rows(call: str, name: str, expected: str, **options: Any) -> Iterator[
 
 
 def choice_rows(call: str, name: str, choices: Sequence[str | None], expected: str = "one of {}") -> Iterator[Row]:
-    """What is no choice, among it what cannot be hashed or compares element by element."""
+    """Yield what is no choice, among it what cannot be hashed or compares element by element."""
     words = expected.format(list(choices))
     bad: list[tuple[Any, str]] = [("no such", "'no such'"), ("", "''"), (1, "1"), (True, "True"), (b"x", "b'x'")]
     bad += [([choices[0]], repr([choices[0]])), (np.array(["a", "b"]), "array(['a', 'b']…"), ({}, "{}")]
@@ -159,7 +159,7 @@ def flag_rows(call: str, name: str) -> Iterator[Row]:
 
 
 class Finished(TorchDispatchMode):
-    """Names of the package's operators that gave a result."""
+    """Collects the names of the package's operators that gave a result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Finished(TorchDispatchMode):
 
 
 def problem(calls: dict[str, Call], row: Row, **options: Any) -> str | None:
-    """What the call does instead of raising as it should, before anything runs; None for nothing."""
+    """Return what the call does instead of raising as it should before anything runs, None if it does that."""
     function, good = calls[row.call]
     pattern = ".*".join(map(re.escape, row.message.split(GAP)))
     with Finished() as finished:

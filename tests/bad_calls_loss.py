@@ -50,7 +50,7 @@ NO_TENSOR_OFFSETS = (ValueError, "expected a tensor of shape (B + 1,), got {}")
 
 
 def offsets_rows(call: str, tokens: str) -> Iterator[Row]:
-    """`cu_seqlens` of a packed call of two trajectories of 4 tokens."""
+    """Yield bad `cu_seqlens` of a packed call of two trajectories of 4 tokens."""
     good = torch.tensor([0, 3, 4])
     yield from tensor_rows(call, "cu_seqlens", good, INTEGERS, shapes=False, not_a_tensor=NO_TENSOR_OFFSETS)
     for bad in (torch.zeros(2, 2, dtype=torch.long), torch.tensor(4), torch.zeros(0, dtype=torch.long)):
@@ -68,7 +68,7 @@ def offsets_rows(call: str, tokens: str) -> Iterator[Row]:
 
 
 def common_rows(call: str, tokens: str) -> Iterator[Row]:
-    """What the three losses have in common."""
+    """Yield the bad calls that the three losses have in common."""
     floats = torch.ones(B, T)
     yield from tensor_rows(call, "old_logp", floats)
     yield from tensor_rows(call, "ref_logp", floats)
@@ -135,7 +135,7 @@ def common_rows(call: str, tokens: str) -> Iterator[Row]:
 
 
 def vocabulary_rows(call: str, first: str) -> Iterator[Row]:
-    """Ids of the calls that have them; `first` is the argument that says how many tokens there are."""
+    """Yield bad ids of the calls that have them. `first` is the argument that says how many tokens there are."""
     yield from tensor_rows(call, "token_ids", IDS, INTEGERS, required=True)
     wrong = f"token_ids: expected ids in [0, {V}) where mask is true, got"
     for value in (V, -1, -100, 2**31, 2**63 - 1, -(2**63)):

@@ -12,14 +12,13 @@ import torch
 from bad_calls import GAP, Call, Row
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.config import STATS
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.ops import IMPLEMENTATIONS, NAMES, stage
 
 B, T, V = 2, 3, 5
 OPTIONS = list(LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False))
 Z, IDS, ONE = torch.zeros(B, T, V), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T)
-TERMS = Aggregation.of(LossConfig.grpo())
+TERMS = LossConfig.grpo().aggregate_options()
 FLAT, OFFSETS, EACH = torch.zeros(B * T), torch.tensor([0, 3, 6]), torch.ones(B)
 GOOD: dict[str, dict[str, Any]] = {
     "token_logp": {"logits": Z, "token_ids": IDS, "temperature": 1.0},
@@ -108,7 +107,7 @@ def rows() -> Iterator[Row]:
         for impl in IMPLS[name]:
             yield from (Row(f"{name}.{impl}", change, ValueError, message) for change, message in rows_of(name))
     yield Row("trajectory.cpp", {"options": OPTIONS[:-1]}, ValueError, "options: expected those of TrajectoryOptions")
-    yield Row("aggregate.cpp", {"options": TERMS[:-1]}, ValueError, "options: expected those of Aggregation")
+    yield Row("aggregate.cpp", {"options": TERMS[:-1]}, ValueError, "options: expected those of AggregateOptions")
     for name, impl in (
         ("token_logp", "triton"),
         ("dlogits", "triton"),

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, which has to be chosen before they are imported."""
+"""Fixtures and options of all tests. Without a GPU it chooses Triton's interpreter, before the kernels are imported."""
 
 from __future__ import annotations
 

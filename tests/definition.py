@@ -16,7 +16,7 @@ from pmpo_kernels import LossConfig
 
 
 class Trajectory(NamedTuple):
-    """One trajectory's response tokens (n,), float64; None where not given."""
+    """The response tokens of one trajectory, (n,) float64; None where not given."""
 
     logits: Tensor  # (n, V)
     token_ids: Tensor
@@ -46,7 +46,7 @@ class Defined(NamedTuple):
 
 
 def clip(x: Tensor, advantage: float, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """x within the bounds that apply for this sign of the advantage, and which were outside them."""
+    """Clip x to the bounds that apply for this sign of the advantage. Return it and which elements were outside."""
     low, high = -math.inf, math.inf
     if advantage > 0:
         high = config.clip_high
@@ -66,7 +66,7 @@ def margin(x: Tensor, advantage: float, config: LossConfig) -> float:
 
 
 def log_power_mean(log_a: Tensor, p: float) -> Tensor:
-    """log M_p; -inf where M_p = 0."""
+    """log M_p, which is -inf where M_p = 0."""
     alive = log_a[log_a > -math.inf]
     if len(alive) == 0 or (p <= 0 and len(alive) < len(log_a)):
         return log_a.new_tensor(-math.inf)
@@ -82,14 +82,14 @@ def log_deficit(log_a: Tensor, p: float) -> float:
 
 
 def ess(log_a: Tensor, p: float) -> float:
-    """0 without weights."""
+    """ESS(p), 0 where there are no weights above 0."""
     return (
         0.0 if float(log_power_mean(log_a.detach(), p)) == -math.inf else len(log_a) * math.exp(-log_deficit(log_a, p))
     )
 
 
 def target_deficit(log_a: Tensor, clipped: int, target_ess: float | None, config: LossConfig) -> float:
-    """log(n / ESS*)."""
+    """log(n / ESS*), the target that the rule sets."""
     n = len(log_a)
     if target_ess is not None:
         return math.log(n) - math.log(target_ess)
@@ -109,7 +109,8 @@ def kl(r: Tensor, d: Tensor, config: LossConfig) -> Tensor:
 
 
 def define(x: Trajectory, config: LossConfig, power: float, logp: Tensor | None = None) -> Defined:
-    """One trajectory of at least one token at this p; differentiable in its logits, or in `logp` (n,), where that is given."""
+    """Evaluate the equations for one trajectory of at least one token at this p, differentiable in its logits, or in `logp` (n,)
+    where that is given."""
     n, A = len(x.token_ids), x.advantage
     log_q = x.logits.new_zeros(n, 1)
     if logp is None:

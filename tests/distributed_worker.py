@@ -31,7 +31,7 @@ SPLITS = {"uneven": (slice(0, 2), slice(2, 6)), "one rank masked": (slice(0, 5),
 
 
 class Policy(Model):
-    """The loss inside the forward pass, from logits or, `fused`, from hidden states and the head's weight."""
+    """A model with the loss inside its forward pass, from logits or, if `fused`, from hidden states and the head's weight."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Policy(Model):
 
 
 class Backbone(Model):
-    """Hidden states only; the loss is computed outside."""
+    """A model that returns hidden states. The loss is computed outside."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.hidden(ids)
@@ -68,7 +68,8 @@ def part(case: Case, index: slice) -> Case:
 
 
 def denominator(mask: Tensor, aggregation: str) -> Tensor:
-    """As a user writes it: DDP and FSDP2 average over the ranks, so each takes the whole step's count over their number."""
+    """Return D as a user writes it. DDP and FSDP2 average over the ranks, so each takes the whole step's count over their
+    number."""
     count = mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
     dist.all_reduce(count)
     return count.clamp(min=1) / dist.get_world_size()
@@ -79,8 +80,9 @@ def full(x: Tensor) -> Tensor:
 
 
 def same(found: Tensor | None, want: Tensor | None) -> None:
-    """float64 throughout. Both are sums over at most 30 tokens and V = 24 entries, in another order, of terms that are at most
-    some ten times the largest entry: below 10 x 100 eps = 2e-13 of it; two steps of an optimizer add these up."""
+    """Assert that two tensors are the same up to rounding. Both are float64, sums over at most 30 tokens and V = 24 entries, in
+    another order, of terms that are at most some ten times the largest entry: below 10 x 100 eps = 2e-13 of it. Two steps of an
+    optimizer add these up."""
     assert found is not None
     assert want is not None
     found = full(found)
@@ -88,7 +90,8 @@ def same(found: Tensor | None, want: Tensor | None) -> None:
 
 
 def train(model: nn.Module, steps: Callable[[], None]) -> list[Tensor]:
-    """Gradients of the first step and parameters after two; not Adam, which divides rounding errors by themselves."""
+    """Return the gradients of the first step and the parameters after two. The optimizer is not Adam, which divides rounding errors
+    by themselves."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     found: list[Tensor] = []
     for _ in range(2):
@@ -105,8 +108,8 @@ def one_process(fused: bool, case: Case, aggregation: str) -> list[Tensor]:
 
 
 def compare(wrap: Callable[[Model], nn.Module], no_sync: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
-    """Both losses, aggregations and splits, the rank's batch in one piece or accumulated over two (the second without a trajectory
-    where it has one)."""
+    """Compare with one process for both losses, aggregations and splits, with the rank's batch in one piece or accumulated over
+    two, the second without a trajectory where it has one."""
     for fused, split, aggregation in product((False, True), SPLITS, AGGREGATIONS):
         case, config = whole_batch(split), replace(CONFIG, loss_agg_mode=aggregation)
         want = one_process(fused, case, aggregation)
@@ -136,7 +139,7 @@ def ddp() -> None:
 
 
 def ddp_outside() -> None:
-    """The wrapped module returns logits or hidden states, and the loss follows: DDP's hooks are on the parameters."""
+    """Let the wrapped module return logits or hidden states, and the loss follow. DDP's hooks are on the parameters."""
     case = whole_batch("uneven")
     mine = part(case, SPLITS["uneven"][dist.get_rank()])
     D = denominator(mine.mask, "seq-mean-token-mean")
@@ -155,7 +158,7 @@ def ddp_outside() -> None:
 
 
 def shard(model: Model, head: bool = False) -> Model:
-    """The layer has its group, the head too on request; all else is the root's."""
+    """Shard a model: the layer has a group of its own, on request the head too, and all else is the root's."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for module in (model.layer, model.head) if head else (model.layer,):
         fully_shard(module, mesh=mesh)
@@ -176,7 +179,7 @@ def fsdp() -> None:
 
 
 def fsdp_head() -> None:
-    """The head in a group of its own: called as a module it works; its weight alone is a DTensor and raises, unless unsharded."""
+    """Give the head a group of its own. Called as a module it works; its weight alone is a DTensor and raises, unless unsharded."""
     case = whole_batch("uneven")
     mine = part(case, SPLITS["uneven"][dist.get_rank()])
     D = denominator(mine.mask, "seq-mean-token-mean")
@@ -199,7 +202,7 @@ def fsdp_head() -> None:
 
 
 def fsdp_outside() -> None:
-    """The root's group stays gathered after its forward pass, so the loss may follow it."""
+    """Compute the loss after the root's forward pass, which leaves the root's group gathered."""
     case = whole_batch("uneven")
     mine = part(case, SPLITS["uneven"][dist.get_rank()])
     options = {"mask": mine.mask, "ref_logp": mine.ref_logp, "config": CONFIG}
@@ -228,7 +231,7 @@ def fsdp_outside() -> None:
 
 
 def dtensors() -> None:
-    """Any other argument but logits (tests/ranks_worker.py) as a DTensor raises too, and says which."""
+    """Pass any argument but logits (tests/ranks_worker.py) as a DTensor: it raises too, and says which."""
     case, mesh = whole_batch("uneven"), init_device_mesh("cpu", (WORLD,))
     given = (case.token_ids, case.old_logp, case.advantages)
 
@@ -249,7 +252,7 @@ def dtensors() -> None:
 
 
 def docs() -> None:
-    """The blocks of docs/pytorch.md for several processes, in order."""
+    """Run the blocks of docs/pytorch.md for several processes, in order."""
     text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text()
     first, *others = re.findall(r"```python\n(.*?)```", text, re.S)
     blocks = [first, *(block for block in others if "dist." in block)]

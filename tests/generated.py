@@ -1,4 +1,4 @@
-"""A property as tests: for each implementation, over cases that hypothesis generates."""
+"""Makes tests of a property: one for each implementation, over cases that hypothesis generates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COST = {
 
 
 def for_every(share: float = 1.0, impls: Sequence[str] = tuple(COST)) -> Callable[[Property], Callable[[str], None]]:
-    """A test of (data, impl, device, sizes) for each implementation, of this share of the profile's examples."""
+    """Make a test of (data, impl, device, sizes) for each implementation, with this share of the profile's examples."""
 
     def decorate(function: Property) -> Callable[[str], None]:
         @pytest.mark.parametrize("impl", impls)

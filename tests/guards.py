@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from pmpo_kernels.linear import linear_loss
+from pmpo_kernels.linear.operator import linear_loss
 
 BAND = 4096  # bytes: the widest block of a row
 ROW_RESULTS = ("logp_ptr", "row_max_ptr", "row_sum_ptr", "entropy_ptr")
@@ -93,7 +93,7 @@ class Guarded:
         self.room.copy_(torch.from_numpy(before))
 
     def moved(self, argument: Argument) -> Tensor:
-        """The argument as it lies in `room`."""
+        """Return the argument as it lies in `room`."""
         tensor, size = argument.tensor, argument.tensor.element_size()
         assert self.start % size == 0
         offset = self.start // size + tensor.storage_offset()
@@ -122,7 +122,7 @@ class Guard:
         self._buffers: list[Guarded] = []
 
     def call(self, kernel: str, values: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> Any:
-        """`run` with the tensors among `values` moved between bands."""
+        """Call `run` with the tensors among `values` moved between bands."""
         arguments = []
         for name, value in values.items():
             if isinstance(value, Tensor):
@@ -150,7 +150,7 @@ class Guard:
         return result
 
     def watch(self, access: str, pointers: Any, mask: Any) -> None:
-        """Every unmasked element of one load or store of the interpreter."""
+        """Check every unmasked element of one load or store of the interpreter."""
         size = pointers.get_element_ty().primitive_bitwidth // 8
         addresses = np.atleast_1d(pointers.data)[np.atleast_1d(mask.data).astype(bool)].astype(np.int64)
         self.elements += len(addresses)
@@ -185,7 +185,7 @@ class _CppOperators(TorchDispatchMode):
 
 @contextmanager
 def guarded(pattern: int, launcher: type) -> Iterator[Guard]:
-    """Guard the kernels that start with `launcher.run`, and the C++ operators; raises AssertionError where one is wrong."""
+    """Guard the kernels that start with `launcher.run`, and the C++ operators. Raises AssertionError where one is wrong."""
     guard = Guard(pattern)
     builder = interpreter.InterpreterBuilder
     run, load, store = launcher.run, builder.create_masked_load, builder.create_masked_store

@@ -9,7 +9,7 @@ from helpers import run
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss
-from pmpo_kernels.reference import compute_dtype
+from pmpo_kernels.contract import compute_dtype
 from pmpo_kernels.verification import Case, make_case
 
 
@@ -23,7 +23,8 @@ class HeadCase(NamedTuple):
 
 
 def head_case(dtype: torch.dtype, device: str = "cpu", *, V: int = 72) -> HeadCase:
-    """Small multiples of a power of two, so that the logits are exact in every dtype, in whatever order a product adds."""
+    """Make a case of small multiples of a power of two, so that the logits are exact in every dtype, in whatever order a product
+    adds."""
     random = torch.Generator().manual_seed(0)
     B, T, H = 6, 7, 8
 
@@ -46,14 +47,14 @@ def head_case(dtype: torch.dtype, device: str = "cpu", *, V: int = 72) -> HeadCa
 
 
 def loss_scale(dtype: torch.dtype) -> float:
-    """By which float16 losses are multiplied, as trainers do, lest gradients underflow."""
+    """Factor that float16 losses are multiplied by, as trainers do, lest gradients underflow."""
     return 4096.0 if dtype == torch.float16 else 1.0
 
 
 def run_head(
     head: HeadCase, config: LossConfig, impl: str | None, **kwargs: object
 ) -> tuple[PMPOOutput, list[Tensor | None]]:
-    """Output of `linear_pmpo_loss` with every optional argument in use; gradients of hidden, weight and bias at
+    """Return the output of `linear_pmpo_loss` with every optional argument in use, and the gradients of hidden, weight and bias at
     `loss_scale`."""
     hidden, weight, bias = (x.detach().clone().requires_grad_() for x in head[:3])
     c = head.case
@@ -64,8 +65,8 @@ def run_head(
 
 
 class Materialised(NamedTuple):
-    """`pmpo_loss` of the logits of the whole batch, and the products of its gradient in float64: gradients of hidden, weight
-    and bias, and the sum of the absolute values of the terms of each of their entries."""
+    """The results of `pmpo_loss` on the logits of the whole batch, with the products of its gradient in float64: gradients of
+    hidden, weight and bias, and the sum of the absolute values of the terms of each of their entries."""
 
     out: PMPOOutput
     gradients: list[Tensor]
@@ -73,7 +74,7 @@ class Materialised(NamedTuple):
 
 
 def materialised(head: HeadCase, config: LossConfig, impl: str | None, **options: Tensor) -> Materialised:
-    """Everything that `linear_pmpo_loss` must give, at `loss_scale`."""
+    """Compute everything that `linear_pmpo_loss` must give, at `loss_scale`."""
     dtype = head.hidden.dtype
     out, dlogits = run(head.case, config, impl, scale=loss_scale(dtype), **options)
     g = dlogits.double()

@@ -12,7 +12,8 @@ FEW = ["dapo", "pmpo, severity in between", "pmpo, all terms", "sequence clip, d
 
 
 def run(case: Case, config: LossConfig, impl: str, scale: float = 1.0, **kwargs: object) -> tuple[PMPOOutput, Tensor]:
-    """Output and logits gradient of one call with every optional argument in use, for a loss `scale` times as large."""
+    """Return output and gradient of the logits of one call with every optional argument in use, for a loss `scale` times as
+    large."""
     z = case.logits.detach().clone().requires_grad_()
     options = {"mask": case.mask, "ref_logp": case.ref_logp, "rollout_weights": case.rollout_weights} | kwargs
     out = pmpo_loss(z, case.token_ids, case.old_logp, case.advantages, config=config, impl=impl, **options)
@@ -21,7 +22,7 @@ def run(case: Case, config: LossConfig, impl: str, scale: float = 1.0, **kwargs:
 
 
 def small_case(device: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Few and short rows, because the interpreter takes milliseconds a row."""
+    """Make a case of few and short rows, because the interpreter takes milliseconds a row."""
     return make_case(dtype, B=6, T=6, V=40, device=device)
 
 

@@ -1,6 +1,6 @@
 """Call the Triton stages on CPU tensors of many shapes with launching replaced by a count of what would be compiled.
 
-Prints {kernel: number of compiled variants} as JSON after a first round of shapes and after all. A program of its own,
+Prints {kernel: number of compiled variants} as JSON after a first round of shapes and after all. It is a program of its own,
 because kernels that were imported under the interpreter are not compiled at all. No GPU is needed.
 """
 
@@ -21,15 +21,14 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pmpo_kernels import LossConfig
 from pmpo_kernels import triton as stages
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.config import TrajectoryOptions
+from pmpo_kernels.batch import Batch
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 variants: dict[str, set[str]] = defaultdict(set)
 
 
 def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """In place of `JITFunction.run`: the specialisation that it would look up in its cache."""
+    """Stand in for `JITFunction.run` and record the specialisation that it would look up in its cache."""
     assert all(0 < size < 2**31 for size in grid)
     _, specialization, options = create_function_from_signature(kernel.signature, kernel.params, BACKEND)(
         *args, **kwargs
@@ -38,7 +37,7 @@ def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: A
 
 
 def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
-    """The stages as a training step calls them, forward and backward."""
+    """Call the stages as a training step does, forward and backward."""
     N = B * T
     logits = torch.empty(B + 1, T + B % 2, V, dtype=torch.bfloat16)[T % 2 :][:B]  # slices, aligned or not if V is odd
     ids = torch.zeros(B, T, dtype=torch.int64)
@@ -46,14 +45,15 @@ def step(B: int, T: int, V: int, config: LossConfig, optional: bool) -> None:
     logp, row_max, row_sum, entropy = stages.token_logp(logits, ids, mask, config.temperature)
     # slices of a batch, whose storage is aligned or not
     flat = torch.zeros(2 * N + 1)[N % 4 :][:N]
-    options: TrajectoryOptions = config.trajectory_options(has_power=optional, has_target_ess=False)
-    _, _, stats = stages.trajectory(
-        logp.flatten(), flat if optional else None, torch.zeros(B), None if mask is None else mask.flatten(),
-        torch.arange(B + 1) * T, flat if optional else None, flat if optional else None, entropy.flatten(),
-        torch.zeros(B) if optional else None, None, None if mask is None else mask.flatten(), options,
-    )  # fmt: skip
+    options = config.trajectory_options(has_power=optional, has_target_ess=False)
+    batch = Batch(torch.zeros(B), torch.arange(B + 1) * T)
+    if mask is not None:
+        tokens = {"old_logp": flat, "ref_logp": flat, "rollout_weights": flat}
+        tokens |= {"mask": mask.flatten(), "policy_mask": mask.flatten()}
+        batch = batch._replace(**tokens, power=torch.zeros(B))
+    _, _, stats = stages.trajectory(logp.flatten(), entropy.flatten(), batch, options)
     D, skipped = (stats.new_ones(()), flat[:B] == 0) if optional else (None, None)
-    stages.aggregate(stats, D, D, skipped, Aggregation.of(config), torch.float32)
+    stages.aggregate(stats, D, D, skipped, config.aggregate_options(), torch.float32)
     stages.scale_(torch.zeros(N), flat[:1])  # a view of several factors begins anywhere
     stages.dlogits(logits, ids, mask, row_max, row_sum, entropy, flat.view(B, T), None, config.temperature)
 

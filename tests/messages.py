@@ -1,4 +1,4 @@
-"""The error messages of the package, read from its source: what varies in one is GAP."""
+"""The error messages of the package, the demo and the cases of benchmarks, read from their sources. GAP stands for what varies."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "pmpo_kernels"
+ROOT = Path(__file__).parent.parent
+SOURCES = ("pmpo_kernels/**/*.py", "examples/demo/*.py", "benchmarks/head_inputs.py")
 GAP = "…"
-REASONS = ("_problem", "load")  # what they return is told as the reason why an implementation cannot run
+REASONS = (
+    "_problem",
+    "files_problem",
+    "memory_problem",
+    "load",
+)  # what they return is told as the reason why something cannot run
 Scopes = tuple[ast.AST, ...]  # from the module to the innermost function
 
 
 @lru_cache
 def modules() -> list[ast.Module]:
-    return [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))]
+    files = [file for pattern in SOURCES for file in sorted(ROOT.glob(pattern))]
+    return [ast.parse(file.read_text(encoding="utf-8")) for file in files]
 
 
 def walk(node: ast.AST, scopes: Scopes) -> Iterator[tuple[ast.AST, Scopes]]:
@@ -40,7 +47,7 @@ def function_of(scopes: Scopes) -> ast.FunctionDef | None:
 
 
 def assigned(name: str, scopes: Scopes) -> list[ast.expr]:
-    """What a variable may be, as far as the source says so: values it is given, or that a loop goes through."""
+    """Return what a variable may be, as far as the source says so: values that it is given, or that a loop goes through."""
     for scope in reversed(scopes):
         if isinstance(scope, ast.For) and isinstance(scope.iter, (ast.Tuple, ast.List)):
             targets = scope.target.elts if isinstance(scope.target, ast.Tuple) else [scope.target]
@@ -64,7 +71,7 @@ def assigned(name: str, scopes: Scopes) -> list[ast.expr]:
 
 
 def texts(node: ast.expr, scopes: Scopes, known: dict[str, str]) -> set[str]:
-    """All strings that an expression may be."""
+    """Return all strings that an expression may be."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return {node.value}
     if isinstance(node, ast.JoinedStr):
@@ -84,7 +91,7 @@ def texts(node: ast.expr, scopes: Scopes, known: dict[str, str]) -> set[str]:
 
 
 def contexts(function: ast.FunctionDef | None) -> list[dict[str, str]]:
-    """`name` and `expected` of a function that checks what its callers expect, at each of its calls."""
+    """Return `name` and `expected` of a function that checks what its callers expect, at each of its calls."""
     if function is None or "expected" not in parameters(function):
         return [{}]
     found = []

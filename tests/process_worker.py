@@ -22,8 +22,9 @@ from head_cases import head_case, run_head
 from helpers import run, small_case
 from torch import Tensor
 
-from pmpo_kernels import PMPOOutput, api, autograd, cpp, linear, solve_power, solver
+from pmpo_kernels import PMPOOutput, api, autograd, cpp, solve_power, solver
 from pmpo_kernels.impls import IMPLS
+from pmpo_kernels.linear import operator
 from pmpo_kernels.verification import configurations, make_case
 
 LIMIT = 100  # s; nothing here takes more than some ten
@@ -44,7 +45,7 @@ def bits(out: PMPOOutput, *more: Tensor | None) -> list[bytes]:
 
 
 def everything(impl: str) -> list[bytes]:
-    """The bits of a loss from logits and one through the head, with their gradients, and of the solver."""
+    """Return the bits of a loss from logits and one through the head, with their gradients, and of the solver."""
     device = device_of(impl)
     out, grad = run(small_case(device), CONFIG, impl)
     head, gradients = run_head(head_case(torch.float32, device), CONFIG, impl, max_chunk_tokens=12)
@@ -65,7 +66,7 @@ def answer(connection: Connection, impls: list[str]) -> None:
 
 
 def in_child(method: str, impls: list[str]) -> None:
-    """The same bits before it, in a child, and after it."""
+    """Compare the bits before a child is started, in it, and after it."""
     want = [everything(impl) for impl in impls]
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
@@ -84,7 +85,7 @@ def in_child(method: str, impls: list[str]) -> None:
 
 
 def fork() -> None:
-    """After the parent has used its threads, which the child does not have: the child must use one."""
+    """Fork after the parent has used its threads. The child does not have them, and must use one."""
     torch.set_num_threads(2)
     torch.randn(1 << 20).exp()  # two threads from here on
     everything("reference")
@@ -102,7 +103,7 @@ def spawn() -> None:
 
 @contextlib.contextmanager
 def signal_in(name: str, delay: float) -> Iterator[None]:
-    """A SIGINT to this process from another thread, `delay` seconds after the first call of a stage has begun."""
+    """Send a SIGINT to this process from another thread, `delay` seconds after the first call of a stage has begun."""
     begun, sent = threading.Event(), threading.Event()
     original = autograd.stage
 
@@ -131,7 +132,7 @@ def signal_in(name: str, delay: float) -> Iterator[None]:
     try:
         with (
             mock.patch.object(autograd, "stage", stage),
-            mock.patch.object(linear, "stage", stage),
+            mock.patch.object(operator, "stage", stage),
             mock.patch.object(solver, "stage", stage),
         ):
             yield
@@ -141,7 +142,7 @@ def signal_in(name: str, delay: float) -> Iterator[None]:
 
 
 def interrupt(call: Call, stage: str, function: str, delay: float) -> None:
-    """KeyboardInterrupt comes out of `call`, from within `function` of the package."""
+    """Check that KeyboardInterrupt comes out of `call`, from within `function` of the package."""
     try:
         with signal_in(stage, delay):
             call()
@@ -153,7 +154,7 @@ def interrupt(call: Call, stage: str, function: str, delay: float) -> None:
 
 
 def interrupts(impl: str) -> None:
-    """In each stage of each call; afterwards the same call gives the bits that it gave before."""
+    """Interrupt each stage of each call. Afterwards the same call gives the bits that it gave before."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     device = device_of(impl)
@@ -186,7 +187,8 @@ def interrupts(impl: str) -> None:
 
 
 def inplace(impl: str) -> None:
-    """An interrupted backward pass may have written over the logits: then the next one raises instead of reading them."""
+    """Interrupt a backward pass in place, which may have written over the logits. The next one then raises instead of reading
+    them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     case = small_case(device_of(impl))
     for written in (False, True):

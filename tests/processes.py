@@ -19,7 +19,8 @@ with_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avail
 
 
 def run_ranks(worker: str, world: int, names: tuple[str, ...], folder: Path, limit: float) -> None:
-    """`tests/<worker> RANK WORLD STORE NAME...` for each rank; fails with what they wrote where one fails, or after `limit` seconds."""
+    """Run `tests/<worker> RANK WORLD STORE NAME...` for each rank. It fails with what they wrote where one fails, or after `limit`
+    seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine's name resolves to
@@ -51,7 +52,7 @@ def run_ranks(worker: str, world: int, names: tuple[str, ...], folder: Path, lim
 def take_part(
     rank: int, world: int, store: str, scenarios: dict[str, Callable[[], None]], names: tuple[str, ...], limit: float
 ) -> None:
-    """What such a process does: the scenarios, one after the other, in a group over gloo."""
+    """Do the work of such a process: run the scenarios, one after the other, in a group over gloo."""
     faulthandler.enable()
     faulthandler.dump_traceback_later(limit, exit=True)  # a process that waits says where
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""How many cases the property tests generate: `ci`, the same ones each time, or `nightly`, `make nightly`, others each time."""
+"""The profiles that say how many cases the property tests generate: `ci`, the same ones each time, or `nightly` for `make nightly`,
+others each time."""
 
 from __future__ import annotations
 

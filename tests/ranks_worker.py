@@ -27,7 +27,7 @@ from pmpo_kernels import LossConfig, PMPOOutput, cost, linear_pmpo_loss, pmpo_lo
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.distributed import ranks as ranks_module
 from pmpo_kernels.impls import IMPLS
-from pmpo_kernels.projection import Projection
+from pmpo_kernels.linear.projection import Projection
 from pmpo_kernels.verification import configurations, make_case
 
 V, H = 37, 8
@@ -49,7 +49,7 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None = None
 
     def loss(self, config: LossConfig, **options: Any) -> tuple[PMPOOutput, Tensor]:
-        """The result and the gradient of the logits."""
+        """Return the result and the gradient of the logits."""
         z = self.logits.detach().clone().requires_grad_()
         given = {name: getattr(self, name) for name in ("mask", "ref_logp", "rollout_weights", "cu_seqlens")}
         out = pmpo_loss(z, self.token_ids, self.old_logp, self.advantages, config=config, **given, **options)
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     def linear(
         self, hidden: Tensor, weight: Tensor, config: LossConfig, **options: Any
     ) -> tuple[PMPOOutput, Tensor, Tensor]:
-        """The result and the gradients of hidden states and weight."""
+        """Return the result and the gradients of hidden states and weight."""
         h, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
         given = {name: getattr(self, name) for name in ("mask", "ref_logp", "rollout_weights", "cu_seqlens")}
         out = linear_pmpo_loss(h, w, self.token_ids, self.old_logp, self.advantages, config=config, **given, **options)
@@ -75,7 +75,8 @@ def whole(dtype: torch.dtype, B: int = 6, T: int = 8) -> Call:
 
 
 def close(got: Tensor, want: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """Numbers from sums of at most `terms` terms in another order, to the size of the largest; NaN where NaN is wanted."""
+    """Assert that numbers are close that come from sums of at most `terms` terms in another order, relative to the size of the
+    largest, with NaN where NaN is wanted."""
     assert got.shape == want.shape
     got, want = got.detach().double(), want.detach().double()
     assert torch.equal(got.isnan(), want.isnan())
@@ -85,14 +86,14 @@ def close(got: Tensor, want: Tensor, terms: int, dtype: torch.dtype) -> None:
 
 
 def same_result(got: PMPOOutput, want: PMPOOutput, terms: int, dtype: torch.dtype) -> None:
-    """p and ESS follow from how log-ratios spread, by a quarter, where log-probs are some ten: relative errors 40 times as large, and
-    p goes with the root of what it is solved from; 100."""
+    """Assert that two results are the same. p and ESS follow from how log-ratios spread, by a quarter, where log-probs are some
+    ten: their relative errors are 40 times as large. p goes with the root of what it is solved from: 100."""
     for name in ("loss", "power", "ess", "clip_fraction"):
         close(getattr(got, name), getattr(want, name), terms * (100 if name in ("power", "ess") else 1), dtype)
 
 
 def on_all_ranks(x: Tensor, group: Any = None) -> None:
-    """The same bits."""
+    """Assert that x has the same bits on all ranks."""
     every = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, x.contiguous(), group=group)
     assert all(torch.equal(other.nan_to_num(7), x.nan_to_num(7)) for other in every)
@@ -106,7 +107,7 @@ def vocabulary_part(x: Tensor, dim: int, rank: int, sizes: list[int]) -> Tensor:
 
 
 def vocabulary() -> None:
-    """Every configuration, uneven parts, targets anywhere."""
+    """Split the vocabulary: every configuration, uneven parts, targets anywhere."""
     rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
     for dtype in DTYPES:
         case = whole(dtype)
@@ -127,7 +128,7 @@ def vocabulary() -> None:
 
 
 def vocabulary_of_minus_infinity() -> None:
-    """A part of nothing but -inf, as where a vocabulary is padded; -inf at a target; NaN where masked."""
+    """Have a part of nothing but -inf, as where a vocabulary is padded; -inf at a target; NaN where masked."""
     rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
     case = whole(torch.float64)
     logits = case.logits.clone()
@@ -152,7 +153,8 @@ def vocabulary_of_minus_infinity() -> None:
 
 
 def vocabulary_options() -> None:
-    """In place, a position more than tokens, packed, token ids in 32 bits, 16-bit logits, every implementation."""
+    """Split the vocabulary in place, with a position more than tokens, packed, with ids in 32 bits, 16-bit logits, by every
+    implementation."""
     rank, sizes = dist.get_rank(), SIZES[dist.get_world_size()]
     config = LossConfig.pmpo(temperature=0.7, entropy_coef=0.01)
     case = whole(torch.float32)
@@ -189,7 +191,7 @@ def vocabulary_options() -> None:
 
 
 def dtensors() -> None:
-    """Logits as a column-parallel head produces them; a sharded weight with the group that shards it."""
+    """Pass logits as a column-parallel head produces them, and a sharded weight with the group that shards it."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     case, config = whole(torch.float64), LossConfig.pmpo(entropy_coef=0.01)
@@ -230,13 +232,13 @@ def dtensors() -> None:
 
 
 def head(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, H) and a weight (V, H)."""
+    """Make hidden states (B, T, H) and a weight (V, H)."""
     random = torch.Generator().manual_seed(3)
     return torch.randn(6, 8, H, generator=random, dtype=dtype), torch.randn(V, H, generator=random, dtype=dtype)
 
 
 def near(case: Call, hidden: Tensor, weight: Tensor) -> Call:
-    """Old and reference log-probs some tenths from those of the head."""
+    """Return the case with old and reference log-probs some tenths from those of the head."""
     logp = (hidden @ weight.T).log_softmax(-1).gather(-1, case.token_ids[..., None])[..., 0]
     shift = 0.25 * torch.randn(2, *logp.shape, generator=torch.Generator().manual_seed(4), dtype=logp.dtype)
     return case._replace(old_logp=logp + shift[0], ref_logp=logp + shift[1])
@@ -263,7 +265,7 @@ def vocabulary_of_a_head() -> None:
 
 
 def pieces(T: int, rank: int, world: int, split: str) -> Tensor:
-    """Positions of a rank's tokens among T."""
+    """Return the positions of a rank's tokens among T."""
     if split == "contiguous":
         return torch.arange(T).chunk(world)[rank]
     chunks = torch.arange(T).chunk(2 * world)
@@ -276,7 +278,8 @@ def columns(case: Call, at: Tensor) -> Call:
 
 
 def sequence() -> None:
-    """Every configuration and both ways to split: what one process has, to the bit, because it is computed from the same numbers."""
+    """Split trajectories: every configuration in both ways gives what one process has, to the bit, because it is computed from the
+    same numbers."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     for dtype in DTYPES:
@@ -296,7 +299,7 @@ def sequence() -> None:
 
 
 def sequence_packed() -> None:
-    """Pieces of any length, also of none."""
+    """Split packed trajectories into pieces of any length, also of none."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     case, config = whole(torch.float32), LossConfig.pmpo(beta=0.1, entropy_coef=0.01)
@@ -333,7 +336,8 @@ def sequence_of_a_head() -> None:
 
 
 def sequence_options() -> None:
-    """A policy mask of tokens; metrics where trajectories without an advantage are skipped; a denominator that is given."""
+    """Split trajectories with a policy mask of tokens, with metrics where those without an advantage are skipped, and with a given
+    denominator."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     hidden, weight = head(torch.float64)
@@ -375,7 +379,8 @@ def rows(case: Call, at: slice) -> Call:
 
 
 def data() -> None:
-    """The ranks' losses and gradients add up to those of the whole batch; one rank has no trajectory, one only an empty one."""
+    """Split the batch: the ranks' losses and gradients add up to those of the whole. One rank has no trajectory, one only an empty
+    one."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     bounds = [0, 0, 6] if world == 2 else [0, 1, 2, 2, 6]
@@ -402,7 +407,7 @@ def data() -> None:
 
 
 def denominators() -> None:
-    """The helper: micro-batches on each rank, added up or averaged."""
+    """Use `denominator` with micro-batches on each rank, added up or averaged."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     case = whole(torch.float64, B=8)
@@ -431,7 +436,7 @@ def denominators() -> None:
 
 
 def combinations() -> None:
-    """Two dimensions of two ranks, every pair of schemes, from logits and from hidden states."""
+    """Split by two dimensions of two ranks: every pair of schemes, from logits and from hidden states."""
     rank = dist.get_rank()
     config = LossConfig.pmpo(beta=0.1, entropy_coef=0.01)
     hidden, weight = head(torch.float64)
@@ -473,7 +478,7 @@ def combinations() -> None:
 
 
 def three_dimensions() -> None:
-    """dp x cp x tp of 1 x 2 x 2, of which one dimension has one rank."""
+    """Split by dp x cp x tp of 1 x 2 x 2, where one dimension has one rank."""
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "cp", "tp"))
     rank, case, config = dist.get_rank(), whole(torch.float64), LossConfig.pmpo()
     want, gradient = case.loss(config)
@@ -489,7 +494,7 @@ def three_dimensions() -> None:
 
 
 def errors() -> None:
-    """A wrong argument on one rank raises on all, and afterwards all go on."""
+    """Pass a wrong argument on one rank. It raises on all, and afterwards all go on."""
     rank, world = dist.get_rank(), dist.get_world_size()
     case, config, last = whole(torch.float32), LossConfig.pmpo(), dist.get_world_size() - 1
     mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, SIZES[world]))
@@ -542,7 +547,8 @@ def errors() -> None:
 
 
 def disagreements() -> None:
-    """What decides which collectives follow, or what comes of them, on one rank other than on the others: an error on all, no hang."""
+    """Pass on one rank something else than on the others that decides which collectives follow, or what comes of them. It is an
+    error on all, no hang."""
     rank, world = dist.get_rank(), dist.get_world_size()
     last = rank == world - 1
     case, config, group = whole(torch.float32), LossConfig.pmpo(), dist.group.WORLD
@@ -603,7 +609,7 @@ def raises_head(raises: Callable[..., None], case: Call, kind: type[Exception], 
 
 
 def wrong_arguments() -> None:
-    """Of the groups themselves; nothing is exchanged before."""
+    """Pass wrong groups. It raises before anything is exchanged."""
     world = dist.get_world_size()
     case = whole(torch.float32)
     cp, dp = (init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("cp", "dp"))
@@ -623,7 +629,7 @@ def wrong_arguments() -> None:
 
 
 def killed() -> None:
-    """A rank that ends leaves the others with an error that says so, not waiting."""
+    """End a rank. The others get an error that says so, and do not wait."""
     case = whole(torch.float32)
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(0)
@@ -634,7 +640,7 @@ def killed() -> None:
 
 
 def collectives() -> None:
-    """How many, and how much is sent: what `cost.collectives` says."""
+    """Count the collectives and what they send: it is what `cost.collectives` says."""
     rank, world = dist.get_rank(), dist.get_world_size()
     sent: list[tuple[str, int]] = []
     gather, reduce = dist.all_gather, dist.all_reduce
@@ -651,7 +657,7 @@ def collectives() -> None:
     ranks_module.dist.all_reduce = counted("all_reduce", reduce)
 
     def compare(call: cost.Call, **dims: Any) -> None:
-        """Calls and bytes of each operation since the last comparison."""
+        """Compare calls and bytes of each operation since the last comparison."""
         found: dict[str, list[float]] = {}
         for c in cost.collectives(cost.Head(H, V, element=4), cost.Scheme(**dims), call):
             of_operation = found.setdefault(c.operation, [0, 0])
@@ -697,15 +703,15 @@ def collectives() -> None:
 
 
 def docs() -> None:
-    """The blocks of docs/scaling.md on how to call, in order."""
+    """Run the blocks of docs/scaling.md on how to call, in order."""
     text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "pmpo_kernels.cost" not in b]
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "from prediction" not in b]
     assert len(blocks) == 4
     exec(compile("\n".join(blocks), "docs/scaling.md", "exec"), {})
 
 
 def default_chunk() -> None:
-    """Where trajectories are split, a chunk is all of the rank's tokens: each is projected once."""
+    """Check the default chunk: where trajectories are split it is all of the rank's tokens, and each is projected once."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     hidden, weight = head(torch.float64)
@@ -727,7 +733,7 @@ def default_chunk() -> None:
 
 
 def hosts() -> None:
-    """Where a group's network is the GPUs', arguments are agreed on over another one, which is made once."""
+    """Use a group whose network is the GPUs'. Arguments are agreed on over another one, which is made once."""
     world = dist.group.WORLD
     assert ranks_module.host_group(world) is world
     asked = dist.get_backend

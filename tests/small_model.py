@@ -13,7 +13,7 @@ CONFIG = LossConfig.pmpo(full_clip_fraction=0.5, beta=0.1, entropy_coef=0.01)
 
 
 class Model(nn.Module):
-    """Embedding, one layer, LM head: hidden states and logits (B, T, V) of token ids (B, T)."""
+    """A model of an embedding, one layer and an LM head, which makes hidden states and logits (B, T, V) of token ids (B, T)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 
 def batch(B: int = 6, T: int = 5) -> Case:
-    """Log-ratios of some tenths: old and reference log-probs near those of the model."""
+    """Make a batch with log-ratios of some tenths: old and reference log-probs are near those of the model."""
     case = make_case(torch.float32, B=B, T=T, V=V)
     with torch.no_grad():
         logp = Model()(case.token_ids.roll(1, 1)).log_softmax(-1).gather(-1, case.token_ids[..., None])[..., 0]

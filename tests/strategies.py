@@ -23,7 +23,7 @@ KEEP_AWAY = 0.02  # least distance of a log-ratio from the bounds of a token cli
 
 @st.composite
 def random_configs(draw: st.DrawFn) -> LossConfig:
-    """Any options that combine."""
+    """Draw any options that combine."""
     fields: dict[str, Any] = {
         "power": draw(
             st.sampled_from(["ess", "ess", "ess", "ess", 1.0, 0.0, -1.0, 0.5, -2.5, 1e-3]) | st.floats(0.1, 3)
@@ -56,7 +56,7 @@ def random_configs(draw: st.DrawFn) -> LossConfig:
 
 
 def configs() -> st.SearchStrategy[LossConfig]:
-    """The presets and whatever else combines."""
+    """Return a strategy for the presets and whatever else combines."""
     return st.sampled_from(list(CONFIGURATIONS.values())) | random_configs()
 
 
@@ -75,12 +75,12 @@ class Batch(NamedTuple):
     target_ess: Tensor | None  # (B,)
 
     def spread(self, x: Tensor | None) -> Tensor | None:
-        """One value a trajectory as one a token."""
+        """Turn one value a trajectory into one a token."""
         by_trajectory = x is not None and len(x) != len(self.token_ids)
         return x.repeat_interleave(torch.tensor(self.lengths)) if by_trajectory else x
 
     def trajectories(self) -> list[Trajectory]:
-        """What the definition reads, float64; logits are leaves."""
+        """Return what the definition reads, in float64. The logits are leaves."""
 
         def parts(x: Tensor | None) -> list[Any]:
             x = self.spread(x)
@@ -103,7 +103,7 @@ class Batch(NamedTuple):
         return [Trajectory(*row) for row in rows]
 
     def select(self, order: list[int]) -> Batch:
-        """These trajectories, in this order."""
+        """Return these trajectories, in this order."""
         starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         tokens = [t for i in order for t in range(starts[i], starts[i] + self.lengths[i])]
 
@@ -138,7 +138,8 @@ SMALL = Sizes(3, 4, 40)
 
 @st.composite
 def batches(draw: st.DrawFn, config: LossConfig, dtype: torch.dtype, sizes: Sizes = Sizes()) -> Batch:  # noqa: B008
-    """Log-ratios of standard deviation 0.02 to 1.5, some of them clipped; trajectories without tokens, and with A = 0."""
+    """Draw a batch with log-ratios of standard deviation 0.02 to 1.5, some of them clipped, with trajectories without tokens, and
+    with A = 0."""
     lengths = draw(st.lists(st.integers(0, sizes.length), min_size=1, max_size=sizes.trajectories))
     B, N, V = len(lengths), sum(lengths), draw(st.integers(2, sizes.vocabulary))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -180,7 +181,7 @@ def batches(draw: st.DrawFn, config: LossConfig, dtype: torch.dtype, sizes: Size
 
 
 class Layout(NamedTuple):
-    """How a batch is handed over."""
+    """How a batch is passed to a call."""
 
     packed: bool
     pad: int  # more positions than the longest trajectory has
@@ -210,7 +211,7 @@ def layouts() -> st.SearchStrategy[Layout]:
 
 
 def strided(z: Tensor, how: str) -> Tensor:
-    """The same numbers in other memory; rows stay in one piece."""
+    """Return the same numbers in other memory, with rows in one piece."""
     if how == "wide":
         return torch.cat([z, torch.full_like(z[..., :3], math.nan)], -1)[..., : z.shape[-1]]
     if how == "offset":
@@ -223,7 +224,7 @@ def strided(z: Tensor, how: str) -> Tensor:
 
 
 def slots(batch: Batch, layout: Layout) -> tuple[Tensor, int]:
-    """Where each token (N,) goes in the flat (B T) slots, and T."""
+    """Return where each token (N,) goes in the flat (B T) slots, and T."""
     T = max([*batch.lengths, 1]) + layout.pad
     where = []
     for i, n in enumerate(batch.lengths):
@@ -234,7 +235,8 @@ def slots(batch: Batch, layout: Layout) -> tuple[Tensor, int]:
 
 
 class Call(NamedTuple):
-    """The output, its gradient for each token (N, V) in the logits' dtype, and whether all other rows are exactly 0."""
+    """The results of a call: the output, its gradient for each token (N, V) in the logits' dtype, and whether all other rows are
+    exactly 0."""
 
     out: PMPOOutput
     grad: Tensor
@@ -245,7 +247,7 @@ class Call(NamedTuple):
 def call(
     batch: Batch, layout: Layout, config: LossConfig, impl: str, device: str = "cpu", scale: float = 1.0, **kwargs: Any
 ) -> Call:
-    """`pmpo_loss` in this layout, and the gradient of `scale` times the loss; results on the CPU."""
+    """Call `pmpo_loss` with this layout. The gradient is that of `scale` times the loss, and the results are on the CPU."""
     B, N, V = len(batch.lengths), len(batch.token_ids), batch.logits.shape[-1]
     arguments = {"power": batch.power, "target_ess": batch.target_ess}
     tokens = {
@@ -297,7 +299,7 @@ def call(
 
 
 def plain(config: LossConfig, **changes: Any) -> LossConfig:
-    """Without KL and entropy terms."""
+    """Return the configuration without KL and entropy terms."""
     return replace(
         config,
         **{"beta": 0.0, "entropy_coef": 0.0, "kl_straight_through": False, "kl_bias_correction": False} | changes,

@@ -25,7 +25,7 @@ WIDE, NARROW = "V=151936", "V=50257"
 
 def described(arch: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = Path(__file__).parents[1] / "benchmarks" / "binaries.py"
+    program = Path(__file__).parents[1] / "tools" / "binaries.py"
     done = subprocess.run(
         [sys.executable, str(program), arch], env=environment, capture_output=True, text=True, timeout=600
     )

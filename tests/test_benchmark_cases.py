@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import traffic
 from suites import MODELS, Suite, choose, suite
 from torch import Tensor
 
-from pmpo_kernels.benchmarking import traffic
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs, flat_trajectory
-from pmpo_kernels.config import STATS
+from pmpo_kernels.contract import STATS
 
 
 def logp_of(i: Inputs) -> Tensor:

@@ -9,25 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import head
+import head_accuracy
 import head_rows
 import pytest
 import torch
+from head_inputs import HeadBench, HeadCase, HeadInputs, build_head_inputs
 from head_report import HeadReport, full_case
-from peers import LIGER, TRL
+from other_packages import LIGER, TRL
 from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.baseline import eager_loss_from_logp
-from pmpo_kernels.benchmarking import head_accuracy, inputs
+from pmpo_kernels.benchmarking import inputs
 from pmpo_kernels.benchmarking.allocator import allocators
-from pmpo_kernels.benchmarking.cases import Dtype, HeadCase, Preset
+from pmpo_kernels.benchmarking.cases import Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Timing
-from pmpo_kernels.benchmarking.head import HeadBench, HeadInputs, build_head_inputs
 from pmpo_kernels.benchmarking.measure import Times
 from pmpo_kernels.benchmarking.report import Report
 from pmpo_kernels.benchmarking.variants import PEER
-from pmpo_kernels.projection import adds_to_float32
+from pmpo_kernels.linear.projection import adds_to_float32
+from pmpo_kernels.verification.baseline import eager_loss_from_logp
 
 runner = CliRunner(env={"COLUMNS": "200"})
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

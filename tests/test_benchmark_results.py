@@ -97,7 +97,7 @@ def test_every_step_is_saved_and_torch_compile_comes_last(monkeypatch: pytest.Mo
     assert len(timing.samples) == 3
 
 
-def test_each_stage_is_timed_on_the_logits_of_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_is_timed_on_the_logits_of_the_case() -> None:
     """One writes over them."""
     seen: list[Tensor] = []
 
@@ -108,9 +108,8 @@ def test_each_stage_is_timed_on_the_logits_of_the_case(monkeypatch: pytest.Monke
 
         return {"first": stage, "second": stage}
 
-    monkeypatch.setattr(comparison, "stage_functions", destroyed)
     case, ours = replace(SMALL, device="cpu"), replace(EAGER, group="fused", impl="cpp")
-    found = compare(case, [ours], 2, lambda what: None, run.allocators("cpu")[-1:], memory=False)
+    found = compare(case, [ours], 2, lambda what: None, run.allocators("cpu")[-1:], memory=False, stages=destroyed)
     assert list(found.stages) == ["first", "second"]
     assert len(seen) == 2 * (2 + comparison.WARMUP_ROUNDS)
     assert all(torch.equal(logits, build_inputs(case).logits) for logits in seen)

@@ -9,17 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peers
+import other_packages
 import pytest
 import readme_table
 import run
 import torch
 from run_report import RunReport, summary_table
+from stage_calls import stage_calls
 from torch import Tensor
+from traffic import model_bytes
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig, verification
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.benchmarking import accuracy, inputs, measure
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 from pmpo_kernels.benchmarking.comparison import Comparison, Spread, compare, host_overhead, steps
@@ -37,6 +38,7 @@ from pmpo_kernels.benchmarking.variants import (
     variants,
 )
 from pmpo_kernels.verification import ThreePartError
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 runner = CliRunner(env={"COLUMNS": "200"})
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +48,8 @@ SMALL = Case(vocab=60, batch=8, tokens=12, device=DEVICE)
 def compared(case: Case, *chosen: Variant) -> Comparison:
     """One round; every announced step happens."""
     taken: list[str] = []
-    found = compare(case, list(chosen), 1, taken.append, [run.allocators(case.device)[-1]], memory=False)
+    settings = [run.allocators(case.device)[-1]]
+    found = compare(case, list(chosen), 1, taken.append, settings, memory=False, stages=stage_calls)
     assert len(taken) <= steps(list(chosen), 1, run.allocators(case.device)[-1:])
     return found
 
@@ -59,8 +62,9 @@ def test_a_comparison_counts_the_rows_itself() -> None:
     case = replace(case, zero_advantage=0.5)
     found = compared(case, EAGER)
     assert found.gradient_rows == 10  # of 40 rows 20 have advantage 0, and half of the others are clipped
-    assert found.traffic == (40 * 60 * 4, (10 + 40) * 60 * 4)
-    assert compared(replace(case, padded=0.25), EAGER).traffic.forward == 30 * 60 * 4
+    assert found.unmasked_rows == 40
+    assert model_bytes(case, 40, 10) == (40 * 60 * 4, (10 + 40) * 60 * 4)
+    assert compared(replace(case, padded=0.25), EAGER).unmasked_rows == 30
 
 
 def oracle_of(i: Inputs, config: LossConfig) -> verification.Oracle:
@@ -251,14 +255,14 @@ def test_host_overhead_is_that_of_rows_that_can_be_timed() -> None:
 
 
 def test_a_missing_peer_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    chosen, skipped = peers.peers(replace(SMALL, preset=Preset.grpo))
+    monkeypatch.setattr(other_packages.importlib.util, "find_spec", lambda name: None)
+    chosen, skipped = other_packages.peers(replace(SMALL, preset=Preset.grpo))
     assert chosen == []
     assert skipped == {
         "Liger, token level": "not installed (pip install liger-kernel packaging)",
         "TRL": "not installed (pip install trl)",
     }
-    _, skipped = peers.peers(replace(SMALL, preset=Preset.pmpo))
+    _, skipped = other_packages.peers(replace(SMALL, preset=Preset.pmpo))
     assert skipped["Liger"] == "computes no pmpo; compared on grpo and gspo"
 
 
@@ -268,7 +272,7 @@ def test_installed_peers_compute_the_same_loss(preset: Preset, name: str | None,
     pytest.importorskip("liger_kernel")
     pytest.importorskip("trl")
     case = replace(SMALL, preset=preset, dtype=dtype)
-    chosen, _ = peers.peers(case)
+    chosen, _ = other_packages.peers(case)
     assert [v.name for v in chosen] == [*([f"Liger, {name} level"] if name else []), "TRL"]
     found = compared(case, *chosen)
     assert not found.wrong, found.rows
@@ -438,7 +442,9 @@ def test_torch_compile_is_in_the_first_case_unless_asked(monkeypatch: pytest.Mon
 
 
 def test_a_case_of_a_suite_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run, "memory_problem", lambda case: "too large" if case.batch == 1 else None)
+    monkeypatch.setattr(
+        run, "memory_problem", lambda *cases: "too large" if [case.batch for case in cases] == [1] else None
+    )
     cases = [case for case, _ in plan_of(monkeypatch, "--suite", "more", "--tiny", "--out", str(tmp_path))]
     assert [case.batch for case in cases] == [8, 2, 2, 2]
     assert {case.vocab for case in cases} == {320}

@@ -99,9 +99,3 @@ def test_allocator_settings_take_out_page_faults() -> None:
     fresh, reused = map(int, done.stdout.split())
     assert fresh >= 2**26 / 2**21 - 1  # a page is at most 2 MiB
     assert reused < fresh / 2
-
-
-def test_demo_names_a_bad_option() -> None:
-    result = runner.invoke(app, ["demo", "--prompts", "1"])
-    assert result.exit_code == 2
-    assert "prompts" in result.output

@@ -14,32 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from counts import Call, Head, Scheme, eager_bytes, largest_chunk, memory, pass_bytes, product_bytes, products
+from network import Collective, collectives, weight_collectives
+from prediction import H100, H200, MODELS, predict
+from time_and_memory import peak_memory
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
-from pmpo_kernels.baseline import eager_pmpo_loss
-from pmpo_kernels.cost import (
-    H100,
-    H200,
-    MODELS,
-    Call,
-    Collective,
-    Head,
-    Scheme,
-    collectives,
-    eager_bytes,
-    memory,
-    pass_bytes,
-    predict,
-    product_bytes,
-    products,
-    weight_collectives,
-)
-from pmpo_kernels.cost.counts import largest_chunk
-from pmpo_kernels.demo.cost import peak_memory
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 ROOT = Path(__file__).parent.parent
 B, T, V, H = 6, 8, 72, 16
@@ -271,13 +256,13 @@ def test_more_bandwidth_shortens_the_passes_alone() -> None:
 
 
 def test_the_predictions_of_the_docs_are_the_models() -> None:
-    program = ROOT / "benchmarks" / "scaling.py"
+    program = ROOT / "benchmarks" / "scaling" / "tables.py"
     done = subprocess.run([sys.executable, str(program), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.S)
-    (block,) = (block for block in blocks if "pmpo_kernels.cost" in block)
+    (block,) = (block for block in blocks if "from prediction" in block)
     exec(compile(block, "docs/scaling.md", "exec"), {})
     assert "of the step" in capsys.readouterr().out

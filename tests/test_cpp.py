@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +16,9 @@ from conftest import CONFIGURATIONS
 from helpers import run, same_bits
 from torch import Tensor
 
-from pmpo_kernels import LossConfig, available_impls, cpp, pmpo_loss, solve_power
-from pmpo_kernels.aggregate import METRICS, Aggregation
-from pmpo_kernels.config import STATS, TrajectoryOptions
+from pmpo_kernels import LossConfig, available_impls, contract, cpp, pmpo_loss, solve_power
 from pmpo_kernels.impls import default_impls
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE
 from pmpo_kernels.verification import make_case, verify
 
 ROOT = Path(__file__).parent.parent
@@ -147,32 +143,21 @@ def test_unknown_ids_give_nan_in_the_gradient() -> None:
     assert bool(got.isnan().all())
 
 
-def test_the_sources_name_what_the_reference_names() -> None:
-    """Options and statistics in the same order, the solver's limits the same numbers: C++ cannot import them."""
-    files = ("trajectory.cpp", "power_mean.h", "stats.h", "aggregate.cpp")
-    trajectory, power_mean, stats, aggregate = ((ROOT / "csrc" / name).read_text() for name in files)
-    options = re.search(r"struct Options \{(.*?)\n\n", trajectory, re.DOTALL)
-    bounds = re.search(r"struct Bounds \{\s*double ([\w,\s]+);", power_mean)
-    statistics = re.search(r"enum Stat \{([\w,\s]+), NUM_STATS", stats)
-    metrics = re.search(r"enum Metric \{([\w,\s]+), NUM_METRICS", aggregate)
-    terms = re.search(r"struct Options \{\s*double ([\w,\s]+);", aggregate)
-    assert options is not None
-    assert bounds is not None
-    assert statistics is not None
-    assert metrics is not None
-    assert terms is not None
-    fields = []
-    for kind, names in re.findall(r"(double|Bounds) ([\w,\s]+);", options[1]):
-        members = [""] if kind == "double" else [f"_{bound}" for bound in re.findall(r"\w+", bounds[1])]
-        fields += [name + member for name in re.findall(r"\w+", names) for member in members]
-    assert fields == list(TrajectoryOptions._fields)
-    assert re.findall(r"\w+", statistics[1].lower()) == list(STATS)
-    assert re.findall(r"\w+", terms[1]) == list(Aggregation._fields)
-    assert re.findall(r"\w+", metrics[1].lower()) == list(METRICS)
-    for name, value in (("MAX_NEWTON_ITERATIONS", MAX_NEWTON_ITERATIONS), ("NEWTON_TOLERANCE", NEWTON_TOLERANCE)):
-        found = re.search(rf"{name} = ([\w.-]+);", power_mean)
-        assert found is not None
-        assert float(found[1]) == value
+def test_the_contract_is_that_of_python() -> None:
+    """Options, statistics and metrics by the same names in the same order, limits by the same numbers: C++ cannot import them."""
+    assert extension is not None
+    found = extension.contract()
+    assert {name: value.lower().split() for name, value in found.items() if isinstance(value, str)} == {
+        "RULES": [name.lower() for name in contract.RULES],
+        "TrajectoryOptions": list(contract.TrajectoryOptions._fields),
+        "AggregateOptions": list(contract.AggregateOptions._fields),
+        "STATS": list(contract.STATS),
+        "METRICS": list(contract.METRICS),
+    }
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
+    assert numbers == {
+        name: getattr(contract, name) for name in ("MAX_NEWTON_ITERATIONS", "NEWTON_TOLERANCE", "ELSEWHERE")
+    }
 
 
 def test_reasons_why_it_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ RUN_ELSEWHERE = [
     ("README.md", "", "test_readme.py", "test_every_python_block_runs_in_order"),
     ("docs/pytorch.md", "dist.", "test_distributed.py", "test_the_documentation_runs"),
     ("docs/pytorch.md", "", "test_readme.py", "test_every_block_about_pytorch_runs_in_order"),
-    ("docs/scaling.md", "pmpo_kernels.cost", "test_cost.py", "test_the_example_of_the_docs_runs"),
+    ("docs/scaling.md", "from prediction", "test_cost.py", "test_the_example_of_the_docs_runs"),
     ("docs/scaling.md", "", "ranks_worker.py", "docs"),
     ("docs/trl.md", "", "test_trl.py", "test_the_lines_of_the_documentation_run"),
     ("docs/verl.md", "", "test_verl.py", "test_the_lines_of_the_documentation_register_a_loss"),

@@ -16,6 +16,16 @@ def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, EXAMPLES / name, *options], capture_output=True, text=True)
 
 
+def test_the_demo_names_a_bad_option(tmp_path: Path) -> None:
+    done = run("demo/demo.py", "--prompts", "1")
+    assert done.returncode == 2
+    assert "prompts" in done.stderr
+    (tmp_path / "summary.json").touch()
+    done = run("demo/demo.py", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "expected a folder without results" in done.stderr
+
+
 def test_train_plain(tmp_path: Path) -> None:
     """A model that knows nothing (a tenth of its tokens are right) learns to count; figures of every optimizer step."""
     pytest.importorskip("transformers")

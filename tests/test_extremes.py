@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
-from pmpo_kernels.config import STATS
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.ops import stage
 from pmpo_kernels.verification import Case, make_case, oracle, row_sum_tolerance, three_part_error, tolerance
 
@@ -207,7 +208,7 @@ def test_a_nan_target_is_not_hidden(impl: str, device: str) -> None:
     offsets, target = torch.tensor([0, 3], device=device), torch.tensor([math.nan], device=device)
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=True)
     A = torch.ones(1, device=device)
-    stats = function(logp, old, A, None, offsets, None, None, None, None, target, None, list(options))[2]
+    stats = function(logp, None, *Batch(A, offsets, old_logp=old, target_ess=target), list(options))[2]
     assert stats[STATS.index("power")].isnan().all()
     assert stats[STATS.index("policy_loss")].isnan().all()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_arguments import GOOD
-from fuzz_bad_calls import problem, supervise, worker_command
+from call_arguments import GOOD
+from fuzz import problem, supervise, worker_command
 
 from pmpo_kernels import solver
 from pmpo_kernels.impls import IMPLS

@@ -15,8 +15,8 @@ from helpers import same_bits
 from small_model import CONFIG, Model, batch
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, token_logp
-from pmpo_kernels.chunks import pack
-from pmpo_kernels.projection import add_product, adds_to_float32
+from pmpo_kernels.linear.chunks import pack
+from pmpo_kernels.linear.projection import add_product, adds_to_float32
 from pmpo_kernels.verification import Case, make_case
 
 pytestmark = pytest.mark.gpu

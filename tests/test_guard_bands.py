@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
+import compute_sanitizer
 import pytest
-import sanitize
 import torch
 import triton
 import triton.language as tl
@@ -31,13 +31,16 @@ from pmpo_kernels import (
     solve_power,
     token_logp,
 )
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import ELSEWHERE, compute_dtype
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import ELSEWHERE
 from pmpo_kernels.triton.launch import BLOCK_TOKENS, STEP_TOKENS
 from pmpo_kernels.verification import Case, make_case
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU compute-sanitizer watches: benchmarks/sanitize.py")
+pytestmark = pytest.mark.skipif(
+    not interpreted(), reason="on a GPU compute-sanitizer watches: tools/compute_sanitizer.py"
+)
 PATTERNS = (0xFF, 0x7B, 0x00)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 MODULES = [
@@ -237,7 +240,7 @@ def test_linear_loss(impl: str, softcap: float | None) -> None:
 @pytest.mark.parametrize("size", [1, 4096, 4099, 2 * 4096 - 1])
 def test_scale(size: int, dtype: torch.dtype) -> None:
     """A part of a block, whole ones, one with a rest."""
-    factor = torch.tensor(0.3, dtype=reference.compute_dtype(dtype), device=DEVICE)
+    factor = torch.tensor(0.3, dtype=compute_dtype(dtype), device=DEVICE)
 
     def call() -> list[Tensor]:
         gradient = torch.linspace(-1, 1, size, device=DEVICE).to(dtype)
@@ -311,15 +314,13 @@ def test_offsets_that_nobody_checked(N: int, offsets: list[int]) -> None:
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False)
     for pattern in PATTERNS:
         with guarded(pattern, LAUNCHER) as guard:
-            MODULES[1].trajectory(
-                logp, -logp, torch.ones(2, device=DEVICE), None, torch.tensor(offsets, device=DEVICE), *[None] * 6,
-                options,
-            )  # fmt: skip
+            batch = Batch(torch.ones(2, device=DEVICE), torch.tensor(offsets, device=DEVICE), old_logp=-logp)
+            MODULES[1].trajectory(logp, None, batch, options)
         assert guard.kernels == kernels_of("trajectory", "triton")
 
 
 def test_what_compute_sanitizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """benchmarks/sanitize.py runs every kernel, and the loss with every option that reaches one; here on smaller batches."""
+    """tools/compute_sanitizer.py runs every kernel, and the loss with every option that reaches one; here on smaller batches."""
     assert set(KERNELS) == {name for name in WRITES if not name.endswith(".cpp")}
     given: set[str] = set()
 
@@ -327,11 +328,11 @@ def test_what_compute_sanitizer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         given.update(name for name, value in kwargs.items() if value is not None and value is not False)
         return pmpo_loss(*args, **kwargs)
 
-    monkeypatch.setattr(sanitize, "pmpo_loss", recorded)
+    monkeypatch.setattr(compute_sanitizer, "pmpo_loss", recorded)
     with guarded(0xFF, LAUNCHER) as guard:
-        for call in sanitize.FURTHER.values():
-            call(sanitize.make_batch(40, 3, torch.bfloat16, DEVICE))
-        sanitize.run(8193, 1, torch.float32, True, True, sanitize.CONFIGS["pmpo"], DEVICE)
+        for call in compute_sanitizer.FURTHER.values():
+            call(compute_sanitizer.make_batch(40, 3, torch.bfloat16, DEVICE))
+        compute_sanitizer.run(8193, 1, torch.float32, True, True, compute_sanitizer.CONFIGS["pmpo"], DEVICE)
     assert guard.kernels == set(KERNELS)
     on_the_host = {"denominator", "group", "mesh", "sequence_split"}
     options = {p.name for p in inspect.signature(pmpo_loss).parameters.values() if p.kind is p.KEYWORD_ONLY}

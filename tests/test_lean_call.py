@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from pmpo_kernels import LossConfig, checks, pmpo_loss
+import pmpo_kernels
+from pmpo_kernels import LossConfig, batch, checks, impls, pmpo_loss
 from pmpo_kernels import triton as stages
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
 from pmpo_kernels.verification import make_case
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="counts launches of Triton's interpreter")
+PACKAGE = Path(pmpo_kernels.__file__).parent
 NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.detach")
 
 
@@ -121,3 +128,69 @@ def test_what_is_counted(count: Count) -> None:
             stats.t().contiguous().t(), None, None, None, [0.0, 0.0, 0.0, 1.0, 0.0], torch.float32
         )
     assert count.started == ["aten.clone.default", "_aggregate_fwd_kernel"]
+
+
+CHECKS = {"check_config", "check_logits", "check_call", "check_offsets", "check_token_ids", "resolve_impl"}
+FILES = {module.__file__ for module in (batch, checks, impls)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_thing_is_checked_once(packed: bool) -> None:
+    case, checked = make_case(torch.float32, B=3, T=5, V=64), []
+    tokens = {name: getattr(case, name) for name in ("token_ids", "old_logp", "mask", "ref_logp", "rollout_weights")}
+    logits = case.logits
+    if packed:
+        logits, tokens = logits.flatten(0, 1), {name: x.flatten() for name, x in tokens.items()}
+        tokens["cu_seqlens"] = torch.arange(4) * 5
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        name = frame.f_code.co_name
+        if event == "call" and frame.f_code.co_filename in FILES and name in CHECKS | {"check_tensor"}:
+            checked.append(frame.f_locals["name"] if name == "check_tensor" else name)
+
+    sys.setprofile(enter)
+    try:
+        pmpo_loss(logits, advantages=case.advantages, target_ess=case.advantages.abs(), impl="reference", **tokens)
+    finally:
+        sys.setprofile(None)
+    assert sorted(checked) == sorted({*CHECKS, "logits", "advantages", "target_ess", *tokens})
+
+
+class FirstKernel(Exception):
+    """Instead of a launch."""
+
+
+def tensors(value: object) -> list[Tensor]:
+    if isinstance(value, (tuple, list)):
+        return [tensor for element in value for tensor in tensors(element)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def test_the_way_to_the_first_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows the logits opens six files and comes back once, to api.py; who follows all tensors of a call, eight."""
+    case = make_case(torch.float32, B=3, T=5, V=64)
+    of_logits, of_all = [], set()
+
+    def enter(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in path.parents:
+            given = tensors(list(frame.f_locals.values()))
+            if given:
+                of_all.add(path)
+            if any(tensor.data_ptr() == case.logits.data_ptr() for tensor in given):
+                of_logits.append(path.relative_to(PACKAGE).as_posix())
+
+    def launch(*args: Any, **options: Any) -> None:
+        raise FirstKernel
+
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
+    sys.setprofile(enter)
+    try:
+        with pytest.raises(FirstKernel):
+            pmpo_loss(case.logits, case.token_ids, case.old_logp, case.advantages, mask=case.mask, impl="triton")
+    finally:
+        sys.setprofile(None)
+    way = [path for path, _ in groupby(of_logits)]
+    assert way[:5] == ["api.py", "checks.py", "api.py", "autograd.py", "ops.py"]
+    assert way[5:7] == ["triton/token_logp.py", "triton/launch.py"]
+    assert len(of_all) <= 8, of_all

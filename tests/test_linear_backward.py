@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pmpo_kernels.chunks
-import pmpo_kernels.linear
-import pmpo_kernels.projection
+import pmpo_kernels.linear.chunks
+import pmpo_kernels.linear.loss
+import pmpo_kernels.linear.projection
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss
+from pmpo_kernels.contract import compute_dtype
 from pmpo_kernels.impls import interpreted
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import compute_dtype
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ def test_an_interrupted_backward_pass_scales_nothing_twice(
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(pmpo_kernels.linear, "stage", interrupted)
+        patch.setattr(pmpo_kernels.linear.loss, "stage", interrupted)
         with pytest.raises(KeyboardInterrupt):
             torch.autograd.grad(loss, leaves, three, retain_graph=retain_graph)
     if retain_graph:
@@ -201,8 +201,8 @@ def test_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         total.copy_(a.float() @ b.float() + (0 if first else total))
 
     head, config = head_case(torch.bfloat16), LossConfig.grpo(clip="none")
-    monkeypatch.setattr(pmpo_kernels.projection, "add_product", add)
-    monkeypatch.setattr(pmpo_kernels.projection, "adds_to_float32", lambda device, dtype: True)
+    monkeypatch.setattr(pmpo_kernels.linear.projection, "add_product", add)
+    monkeypatch.setattr(pmpo_kernels.linear.projection, "adds_to_float32", lambda device, dtype: True)
     want = materialised(head, config, None)
     for chunk in (None, 7):
         _, (_, dweight, _) = run_head(head, config, None, max_chunk_tokens=chunk)
@@ -271,8 +271,8 @@ def test_the_first_chunk_is_written(
         total.copy_(a.float() @ b.float() + (0 if first else total))
 
     if product:  # what only a GPU has
-        monkeypatch.setattr(pmpo_kernels.projection, "add_product", add)
-        monkeypatch.setattr(pmpo_kernels.projection, "adds_to_float32", lambda device, dtype: True)
+        monkeypatch.setattr(pmpo_kernels.linear.projection, "add_product", add)
+        monkeypatch.setattr(pmpo_kernels.linear.projection, "adds_to_float32", lambda device, dtype: True)
     head, config = head_case(dtype), CONFIGURATIONS["pmpo, all terms"]
     _, want = run_head(head, config, None, max_chunk_tokens=chunk)
     with poisoned():

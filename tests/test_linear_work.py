@@ -12,14 +12,14 @@ import torch
 from head_cases import CLIPPING, call, head_case, leaves_of, materialised, run_head
 from hypothesis import given
 from hypothesis import strategies as st
+from time_and_memory import peak_memory
 from torch.profiler import ProfilerActivity, profile
 
-import pmpo_kernels.chunks
-import pmpo_kernels.projection
+import pmpo_kernels.linear.chunks
+import pmpo_kernels.linear.projection
 from pmpo_kernels import LossConfig, linear_pmpo_loss
-from pmpo_kernels.chunks import FEWEST_TOKENS, default_chunk_tokens, even, pack
-from pmpo_kernels.demo.cost import peak_memory
-from pmpo_kernels.projection import BLOCK_BYTES, HeadOptions, row_bytes
+from pmpo_kernels.linear.chunks import FEWEST_TOKENS, default_chunk_tokens, even, pack
+from pmpo_kernels.linear.projection import BLOCK_BYTES, HeadOptions, row_bytes
 
 # --- work ------------------------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ def test_one_chunk_gives_the_weights_gradient_at_once(
     chunk: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one product, rounded once. Several are summed up in float32, here from blocks; so is float16, which is divided first."""
-    monkeypatch.setattr(pmpo_kernels.projection, "PRODUCT_BYTES", 1)
+    monkeypatch.setattr(pmpo_kernels.linear.projection, "PRODUCT_BYTES", 1)
     head, config = head_case(dtype), LossConfig.grpo(clip="none")
     V, H = head.weight.shape
     gradients: list[torch.Tensor] = []
@@ -233,7 +233,7 @@ def test_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,024 tokens on a CPU, 16,384 elsewhere, within an eighth of the free memory; or the longest trajectory within a quarter; a
     power of two where memory decides."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(pmpo_kernels.chunks, "available_memory", lambda device: 8 << 30)
+    monkeypatch.setattr(pmpo_kernels.linear.chunks, "available_memory", lambda device: 8 << 30)
     for device, enough in ((cpu, 1024), (gpu, 16_384)):
         assert default_chunk_tokens(100, 1000, device) == enough
         assert default_chunk_tokens(20_000, 1000, device) == 20_000
@@ -246,7 +246,7 @@ def test_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_chunk_tokens(100, 1 << 20, gpu) == 1024
     assert default_chunk_tokens(1500, 1 << 20, gpu) == 1500
     assert default_chunk_tokens(5000, 1 << 20, gpu) == 2048
-    monkeypatch.setattr(pmpo_kernels.chunks, "available_memory", lambda device: None)
+    monkeypatch.setattr(pmpo_kernels.linear.chunks, "available_memory", lambda device: None)
     assert default_chunk_tokens(5000, 1 << 40, cpu) == 5000
     assert default_chunk_tokens(5000, 1 << 40, gpu) == 16_384
     head = HeadOptions(1.0, None, 1.0, torch.bfloat16, [True, True, True], None, True)

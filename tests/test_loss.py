@@ -11,8 +11,8 @@ from conftest import CONFIGURATIONS, device_of
 from helpers import FEW, run, same_bits, small_case
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.verification import Case, make_case, oracle, three_part_error, verify
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

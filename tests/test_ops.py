@@ -8,10 +8,10 @@ from conftest import device_of
 from head_cases import head_case
 
 from pmpo_kernels import LossConfig, linear_pmpo_loss, pmpo_loss, reference
-from pmpo_kernels.autograd import TrajectoryInputs
-from pmpo_kernels.config import STATS
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import STATS, compute_dtype
+from pmpo_kernels.linear.projection import HeadOptions
 from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS, stage
-from pmpo_kernels.projection import HeadOptions
 from pmpo_kernels.verification import make_case
 
 
@@ -23,12 +23,12 @@ def arguments(name: str, device: str, dtype: torch.dtype) -> tuple[object, ...]:
     if name == "trajectory":
         options = LossConfig.pmpo(entropy_coef=0.1).trajectory_options(has_power=False, has_target_ess=False)
         offsets = torch.arange(5, device=device) * 4
-        flat = [t.flatten() for t in (logp, case.old_logp, case.mask, case.ref_logp, case.rollout_weights, entropy)]
-        return flat[0], flat[1], case.advantages, flat[2], offsets, *flat[3:], None, None, flat[2], list(options)
+        flat = [t.flatten() for t in (case.old_logp, case.mask, case.ref_logp, case.rollout_weights, case.mask)]
+        return logp.flatten(), entropy.flatten(), *Batch(case.advantages, offsets, *flat), list(options)
     if name == "aggregate":
         stats = torch.rand(len(STATS), 4, dtype=torch.float64, device=device)
         D, largest = stats.new_tensor(3.0), stats.new_tensor(0.5)
-        return stats, D, largest, case.advantages == 0, [1.0, 0.1, 0.01, 1.0, 22.0], reference.compute_dtype(dtype)
+        return stats, D, largest, case.advantages == 0, [1.0, 0.1, 0.01, 1.0, 22.0], compute_dtype(dtype)
     if name == "solve_power":
         l = (logp - case.old_logp).double().flatten()
         return l, case.mask.flatten(), torch.arange(5, device=device) * 4, torch.full((4,), 3.9).double(), 1.0
@@ -51,12 +51,11 @@ def test_opcheck(name: str, impl: str, dtype: torch.dtype) -> None:
 def test_opcheck_linear_loss(trained: tuple[bool, ...], max_chunk_tokens: int | None) -> None:
     head = head_case(torch.bfloat16)
     c, tokens = head.case, head.case.mask.numel()
-    flat = [t.flatten() for t in (c.old_logp, c.mask, c.ref_logp, c.rollout_weights)]
+    flat = [t.flatten() for t in (c.old_logp, c.mask, c.ref_logp, c.rollout_weights, c.mask)]
     options = LossConfig.pmpo(entropy_coef=0.1, beta=0.1).trajectory_options(has_power=False, has_target_ess=False)
     offsets = torch.arange(0, tokens + 1, tokens // len(c.advantages))
-    inputs = TrajectoryInputs(flat[0], c.advantages, flat[1], offsets, *flat[2:], None, None, flat[1], options, "cpp")
-    *constants, _, impl = inputs
-    arguments = (*head[:3], c.token_ids, *constants, list(options), impl, torch.tensor(6.0).double())
+    batch = Batch(c.advantages, offsets, *flat)
+    arguments = (*head[:3], c.token_ids, *batch, list(options), torch.tensor(6.0).double(), "cpp")
     settings = HeadOptions(0.9, 3.0, 0.8, torch.bfloat16, list(trained), max_chunk_tokens, False)
     torch.library.opcheck(torch.ops.pmpo_kernels.linear_loss.default, (*arguments, *settings))
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.baseline import eager_loss_from_logp, eager_pmpo_loss
-from pmpo_kernels.cli import peers as command
+from pmpo_kernels.cli import verify as command
 from pmpo_kernels.cli.app import app
-from pmpo_kernels.parity import Batch, ParityCase, Peer, compare, find_peers, make_batch
-from pmpo_kernels.parity import peers as parity_peers
+from pmpo_kernels.verification import peers as parity_peers
+from pmpo_kernels.verification.baseline import eager_loss_from_logp, eager_pmpo_loss
+from pmpo_kernels.verification.peers import Batch, ParityCase, Peer, compare, find_peers, make_batch
 
 runner = CliRunner(env={"COLUMNS": "200"})
 
@@ -165,13 +165,13 @@ def test_verify_peers_without_any_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     really = importlib.import_module
 
     def fails(name: str, package: str | None = None) -> ModuleType:
-        if name.startswith("pmpo_kernels.parity."):
+        if name.startswith("pmpo_kernels.verification."):
             raise AttributeError(f"no {name}")  # of whatever kind, as from a package that does not fit another
         return really(name, package)
 
     monkeypatch.setattr(parity_peers.importlib.metadata, "version", version)
     monkeypatch.setattr(parity_peers.importlib, "import_module", fails)
-    assert find_peers()["trl"].problem == "trl 0: AttributeError: no pmpo_kernels.parity.trl"
+    assert find_peers()["trl"].problem == "trl 0: AttributeError: no pmpo_kernels.verification.trl"
     result = runner.invoke(app, ["verify", "--peers"])
     assert result.exit_code == 2
     assert "no peer can be called here" in result.output

@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, pmpo_loss_from_logp
-from pmpo_kernels.parity import PEERS, TOLERANCE, Batch, ParityCase, compare, evaluate, find_peers, make_batch
-from pmpo_kernels.parity.batch import rows
-from pmpo_kernels.parity.cases import Result, difference
+from pmpo_kernels.verification.peers import (
+    PEERS,
+    TOLERANCE,
+    Batch,
+    ParityCase,
+    Result,
+    compare,
+    difference,
+    evaluate,
+    find_peers,
+    make_batch,
+    rows,
+)
 
 FOUND = find_peers()
 CASES = [pytest.param(name, case, id=f"{name}: {case.name}") for name in FOUND for case in FOUND[name].cases]
@@ -30,13 +40,13 @@ Load = Callable[[str], ModuleType]
 
 @pytest.fixture
 def load(request: pytest.FixtureRequest) -> Load:
-    """A peer's module of `pmpo_kernels.parity`."""
+    """A peer's module of `pmpo_kernels.verification`."""
 
     def module(name: str) -> ModuleType:
         if FOUND[name].problem:
             missing = pytest.fail if request.config.getoption("--require-peers") else pytest.skip
             missing(f"{FOUND[name].problem}; `make peers` runs these tests")
-        return importlib.import_module(f"pmpo_kernels.parity.{name}")
+        return importlib.import_module(f"pmpo_kernels.verification.{name}")
 
     return module
 

@@ -13,6 +13,7 @@ from helpers import FEW, run, same_bits, small_case
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, pmpo_loss, pmpo_loss_from_logp, token_logp
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.verification import Case, oracle, three_part_error, tolerance
 
 
@@ -247,5 +248,5 @@ def test_triton_gives_tokens_of_no_trajectory_zero_gradient() -> None:
     logp = torch.tensor([-1.0, -2.0, -3.0], device=device)
     offsets, A = torch.tensor([0, 2], device=device), torch.ones(1, device=device)
     options = LossConfig.grpo().trajectory_options(has_power=False, has_target_ess=False)
-    dlogp = function(logp, logp - 0.1, A, None, offsets, None, None, None, None, None, None, options)[0]
+    dlogp = function(logp, None, Batch(A, offsets, old_logp=logp - 0.1), options)[0]
     assert (dlogp != 0).tolist() == [True, True, False]

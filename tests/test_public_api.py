@@ -15,7 +15,7 @@ import torch
 from pmpo_kernels import LossConfig
 
 RECORDED = Path(__file__).with_name("public_api.txt")
-RENEW = "if the change is meant: python tests/public_api.py > tests/public_api.txt, and a line in CHANGELOG.md"
+RENEW = "if the change is meant: python tools/public_api.py > tests/public_api.txt, and a line in CHANGELOG.md"
 
 
 def test_the_public_api_is_the_recorded_one() -> None:

@@ -44,6 +44,6 @@ def test_every_block_about_pytorch_runs_in_order() -> None:
 
 
 def test_results_come_from_files() -> None:
-    program = ROOT / "benchmarks" / "readme_table.py"
+    program = ROOT / "tools" / "readme_table.py"
     done = subprocess.run([sys.executable, str(program), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

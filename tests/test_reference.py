@@ -11,8 +11,9 @@ from conftest import CONFIGURATIONS
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, pmpo_loss_from_logp, reference
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
-from pmpo_kernels.config import STATS
+from pmpo_kernels.aggregate import default_denominator, total_loss
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import STATS
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -226,21 +227,9 @@ def test_gradcheck(name: str, features: str) -> None:
     def run(z: Tensor, power: Tensor | None) -> tuple[Tensor, ...]:
         logp, row_max, row_sum, entropy = reference.token_logp(z, token_ids, mask, config.temperature)
         options = config.trajectory_options(has_power=power is not None, has_target_ess=False)
-        dlogp, dentropy, stats = reference.trajectory(
-            logp.flatten(),
-            old,
-            A,
-            mask.flatten(),
-            offsets,
-            ref,
-            weights,
-            entropy.flatten(),
-            power,
-            None,
-            policy,
-            options,
-        )
-        terms = Aggregation.of(config)
+        batch = Batch(A, offsets, old, mask.flatten(), ref, weights, policy, power)
+        dlogp, dentropy, stats = reference.trajectory(logp.flatten(), entropy.flatten(), batch, options)
+        terms = config.aggregate_options()
         denominator = default_denominator(stats.detach()[STATS.index("tokens")], terms)
         return (
             total_loss(stats, terms, denominator),

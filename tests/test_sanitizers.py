@@ -35,6 +35,7 @@ PROGRAM = """
 import json, os, sys, tempfile
 import torch
 from pmpo_kernels import LossConfig, cpp
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.ops import stage
 
 def short(x):
@@ -52,7 +53,7 @@ def dlogits_(logits, g):
 def trajectory(logp):
     options = list(LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False))
     N = logp.numel()
-    stage("trajectory", "cpp")(logp, None, torch.ones(1), None, torch.tensor([0, N]), *[None] * 6, options)
+    stage("trajectory", "cpp")(logp, None, *Batch(torch.ones(1), torch.tensor([0, N])), options)
 
 def solve_power(l):
     stage("solve_power", "cpp")(l, None, torch.tensor([0, l.numel()]), 2 * torch.ones(1, dtype=torch.float64), 1.0)

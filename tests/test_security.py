@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pmpo_kernels"
+DEMO = ROOT / "examples" / "demo"
 # Modules that fetch, listen, unpickle, or start programs; functions that do, or that run text.
 MODULES = {
     "urllib", "urllib3", "http", "ftplib", "smtplib", "socket", "socketserver", "ssl", "requests", "httpx", "aiohttp", "huggingface_hub",
@@ -39,7 +40,7 @@ ALLOWED = {
     ("benchmarking/allocator.py", "import ctypes"): "glibc's mallopt, so that memory is measured without its pools",
     ("benchmarking/variants.py", "torch.compile"): "what the benchmark compares with",
     (
-        "demo/model.py",
+        "examples/demo/smollm2.py",
         "from_pretrained",
     ): "a file of an installed package; local_files_only, and HF_HUB_OFFLINE is set before",
 }
@@ -79,13 +80,14 @@ def found_in(source: str) -> Iterator[str]:
 
 def test_the_sources_fetch_nothing_unpickle_nothing_and_start_no_shell() -> None:
     found = {
-        (path.relative_to(PACKAGE).as_posix(), what)
-        for path in PACKAGE.rglob("*.py")
+        (path.relative_to(root).as_posix(), what)
+        for folder, root in ((PACKAGE, PACKAGE), (DEMO, ROOT))
+        for path in folder.rglob("*.py")
         for what in found_in(path.read_text(encoding="utf-8"))
     }
     assert found - set(ALLOWED) == set()
     assert set(ALLOWED) - found == set()  # a reason for what is not there any more
-    model = (PACKAGE / "demo" / "model.py").read_text()
+    model = (DEMO / "smollm2.py").read_text()
     assert '"local_files_only": True' in model
     assert model.index('os.environ["HF_HUB_OFFLINE"] = "1"') < model.index("from_pretrained(")
 

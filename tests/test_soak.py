@@ -16,7 +16,7 @@ import pytest
 import soak
 import torch
 import typer
-from soak_run import BLOCKS, CACHED, GRAPHS, HEAP, OBJECTS, RESIDENT, TENSORS, VARIANTS, WITHOUT_CACHES, RunStep, Soaked
+from growth import BLOCKS, CACHED, GRAPHS, HEAP, OBJECTS, RESIDENT, TENSORS, VARIANTS, WITHOUT_CACHES, RunStep, Soaked
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -91,7 +91,7 @@ def other_bits(seed: int, index: int, impl: str | None, device: str) -> list[Ten
 
 
 def run_here(step: RunStep) -> Soaked:
-    from soak_run import soak
+    from growth import soak
 
     torch.set_num_threads(1)
     return soak(320, 8, 0, None, "cpu", step)

@@ -13,8 +13,8 @@ from conftest import CONFIGURATIONS
 from torch import Tensor
 
 from pmpo_kernels import reference
-from pmpo_kernels.aggregate import METRICS, Aggregation
-from pmpo_kernels.config import STATS
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import METRICS, NEWTON_TOLERANCE, STATS, AggregateOptions, compute_dtype
 from pmpo_kernels.ops import stage
 from pmpo_kernels.verification import Case, make_case
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(reference.compute_dtype(dtype)).eps / 2
+    return torch.finfo(compute_dtype(dtype)).eps / 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,7 +36,7 @@ def test_token_logp(impl: str, device: str, dtype: torch.dtype, V: int) -> None:
     bound = unit_roundoff(dtype) * (6 * x + 64 + 2 * torch.tensor(V).log2().item() + 16)
     names = ("logp", "row_max", "row_sum", "entropy")
     for name, a, b in zip(names, got, want, strict=True):
-        assert a.dtype == reference.compute_dtype(dtype), name
+        assert a.dtype == compute_dtype(dtype), name
         # entropy is a mean of x - max, up to twice as large as x
         scale = b.abs() if name == "row_sum" else torch.full_like(b, 2 * x if name == "entropy" else 1.0)
         assert ((a.double() - b).abs() <= bound * scale).all(), name
@@ -44,7 +44,7 @@ def test_token_logp(impl: str, device: str, dtype: torch.dtype, V: int) -> None:
 
 def flat(case: Case) -> tuple[Tensor, ...]:
     logp, _, _, entropy = reference.token_logp(case.logits.double(), case.token_ids, case.mask, 1.0)
-    small = reference.compute_dtype(case.logits.dtype)
+    small = compute_dtype(case.logits.dtype)
     tensors = (logp, case.old_logp, case.ref_logp, case.rollout_weights, entropy)
     return (*(t.flatten().to(small) for t in tensors), case.mask.flatten())
 
@@ -64,20 +64,21 @@ def test_trajectory(impl: str, device: str, dtype: torch.dtype, name: str, optio
     options = config.trajectory_options(has_power=False, has_target_ess=False)
     if not optional:
         ref = weights = entropy = mask = policy = None
-    args = (logp, old, case.advantages, mask, offsets, ref, weights, entropy, None, None, policy)
+    args = (logp, entropy, *Batch(case.advantages, offsets, old, mask, ref, weights, policy))
     dlogp, dentropy, stats = stage("trajectory", impl)(*args, list(options))
-    doubles = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
+    logp, entropy, *doubles = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
     row = dict(zip(STATS, stats, strict=True))
     # p is right to 1e-10 in log ESS: compare the rest at that p
     power = row["power"] if config.power == "ess" else None
     fixed = config.trajectory_options(has_power=power is not None, has_target_ess=False)
-    want_dlogp, want_dentropy, want = reference.trajectory(*doubles[:8], power, None, policy, fixed)
+    batch = Batch(*doubles)._replace(power=power)
+    want_dlogp, want_dentropy, want = reference.trajectory(logp, entropy, batch, fixed)
     u64 = torch.finfo(torch.float64).eps / 2
     for key, a, b in zip(STATS, stats, want, strict=True):
         if key == "ess_target" and power is not None:
             solved = (row["power"] > config.power_min) & (row["power"] < config.power_max) & (row["tokens"] > 0)
             b = row["ess"]
-            assert torch.allclose(a[solved], b[solved], rtol=2 * reference.NEWTON_TOLERANCE, atol=0)
+            assert torch.allclose(a[solved], b[solved], rtol=2 * NEWTON_TOLERANCE, atol=0)
             continue
         # sums of 10 terms and quantities of order 1 from them, with cancellation to at worst 1 %
         assert torch.allclose(a, b, rtol=100 * 64 * u64, atol=64 * u64), key
@@ -109,7 +110,7 @@ def test_aggregate(
     args = (stats, *(given if optional else (None,) * 3), [*options, 0.8, 0.5], dtype)
     got, want = (
         stage("aggregate", impl)(*args),
-        reference.aggregate(*args[:-2], Aggregation(*options, 0.8, 0.5), dtype),
+        reference.aggregate(*args[:-2], AggregateOptions(*options, 0.8, 0.5), dtype),
     )
     rtol = (B + 8) * torch.finfo(torch.float64).eps + torch.finfo(dtype).eps
     for a, b in zip(got, want, strict=True):
@@ -140,7 +141,7 @@ def test_aggregate_by_hand(impl: str, device: str) -> None:
     }  # fmt: skip
     assert dict(zip(METRICS, metrics.tolist(), strict=True)) == pytest.approx(want, rel=1e-15)
     skipped = torch.tensor([False, False, True], device=device)
-    by_tokens = list(Aggregation(1.0, 0.0, 0.0))
+    by_tokens = list(AggregateOptions(1.0, 0.0, 0.0))
     loss, D, metrics, _ = stage("aggregate", impl)(stats, None, None, skipped, by_tokens, torch.float64)
     assert (float(D), float(loss)) == (6, pytest.approx(-2 / 6, rel=1e-15))
     found = dict(zip(METRICS, metrics.tolist(), strict=True))
@@ -153,7 +154,7 @@ def test_aggregate_keeps_nan_and_the_limit(impl: str, device: str) -> None:
     stats = random_stats(5, device)
     row = dict(zip(STATS, stats, strict=True))
     run = stage("aggregate", impl)
-    no_terms = list(Aggregation(0.0, 0.0, 0.0))
+    no_terms = list(AggregateOptions(0.0, 0.0, 0.0))
     for largest, limit, finite in ((8.0, 2.0, True), (8.1, 2.0, False), (math.nan, 2.0, False), (math.inf, 2.0, False)):
         loss, *_ = run(
             stats,
@@ -196,7 +197,7 @@ def test_aggregate_keeps_nan_and_the_limit(impl: str, device: str) -> None:
 @pytest.mark.parametrize("given", ["dlogp", "dentropy", "both"])
 def test_dlogits(impl: str, device: str, dtype: torch.dtype, V: int, given: str) -> None:
     case = make_case(dtype, B=3, T=3, V=V, device=device)
-    z, small = case.logits.double().clone().requires_grad_(), reference.compute_dtype(dtype)
+    z, small = case.logits.double().clone().requires_grad_(), compute_dtype(dtype)
     logp, row_max, row_sum, entropy = reference.token_logp(z, case.token_ids, case.mask, 0.7)
     g, h = torch.randn(2, 3, 3, dtype=torch.float64, device=device).to(small)
     g[0, 0], h[0, 0] = 0.0, 0.0

@@ -11,8 +11,9 @@ from conftest import CONFIGURATIONS, device_of
 from torch import Tensor
 
 from pmpo_kernels import LossConfig
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.ops import stage
-from pmpo_kernels.reference import STATS
 from pmpo_kernels.triton.launch import BLOCK_TOKENS, STEP_TOKENS
 
 # empty ones in front, one after the other, and at the end; no offset but the first is a multiple of a block
@@ -37,8 +38,9 @@ def run(impl: str, x: dict[str, Tensor], lengths: list[int], config: LossConfig,
     """(dlogp, dentropy, stats) of the stage."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(x["logp"].device)
     options = config.trajectory_options(has_power=power is not None, has_target_ess=False)
-    args = (x["logp"], x["old_logp"], x["advantages"], x["mask"], offsets, x["ref_logp"], x["rollout_weights"])
-    return stage("trajectory", impl)(*args, x["entropy"], power, None, x["policy_mask"], list(options))
+    tokens = {name: x[name] for name in ("old_logp", "mask", "ref_logp", "rollout_weights", "policy_mask")}
+    batch = Batch(x["advantages"], offsets, **tokens, power=power)
+    return stage("trajectory", impl)(x["logp"], x["entropy"], *batch, list(options))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, MANY], ids=["lengths", "many blocks"])
@@ -81,7 +83,7 @@ def test_a_long_trajectory_has_many_programs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(type(module._trajectory_sums_kernel), "run", record)
     logp, offsets = torch.zeros(2**15, device=device_of("triton")), torch.tensor([0, 2**15], device=device_of("triton"))
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False)
-    module.trajectory(logp, logp, logp[:1], None, offsets, *[None] * 6, options)
+    module.trajectory(logp, None, Batch(logp[:1], offsets, old_logp=logp), options)
     (sums,), (power,), (gradient,) = programs.values()
     assert list(programs) == [f"_trajectory_{part}_kernel" for part in ("sums", "power", "gradient")]
     assert power == 1
@@ -94,6 +96,6 @@ def test_blocks_in_front_of_all_trajectories() -> None:
     module, device = importlib.import_module("pmpo_kernels.triton.trajectory"), device_of("triton")
     logp, offsets = torch.full((N,), -1.0, device=device), torch.tensor([start, stop], device=device)
     options = LossConfig.pmpo().trajectory_options(has_power=False, has_target_ess=False)
-    dlogp, _, stats = module.trajectory(logp, logp - 0.1, logp[:1], None, offsets, *[None] * 6, options)
+    dlogp, _, stats = module.trajectory(logp, None, Batch(logp[:1], offsets, old_logp=logp - 0.1), options)
     assert (dlogp != 0).nonzero()[:, 0].tolist() == list(range(start, stop))
     assert stats[STATS.index("tokens")] == stop - start

@@ -53,7 +53,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from pmpo_kernels.integrations.trl import PMPOConfig, PMPOTrainer
 from pmpo_kernels.integrations.trl import trainer as trainer_module
 from pmpo_kernels.integrations.trl.config import APMPO_CLIP, APMPO_POWER, HOLDER, NO_CHOICE
-from pmpo_kernels.integrations.trl.head import Scoring, check_logits
+from pmpo_kernels.integrations.trl.loss_head import Scoring, check_logits
 
 CHARACTERS = "0123456789+= "
 VOCABULARY = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(CHARACTERS)}}

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmpo_kernels import LossConfig, checks, pmpo_loss_from_logp
-from pmpo_kernels.parity import TOLERANCE
-from pmpo_kernels.parity.batch import Batch, make_batch
+from pmpo_kernels.verification.peers import TOLERANCE, Batch, make_batch
 
 PROBLEM = ""
 try:

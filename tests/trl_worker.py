@@ -24,7 +24,7 @@ def whole(gradient: Tensor) -> Tensor:
 
 
 def gradients(wrapping: str, preset: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Averaged over the ranks, and the metrics."""
+    """Return the gradients, averaged over the ranks, and the metrics."""
     made = ours(folder, preset=preset, per_device_train_batch_size=B // 2)
     rank = int(os.environ["RANK"])
     inputs = batch(made)
@@ -43,7 +43,7 @@ def gradients(wrapping: str, preset: str, folder: Path) -> tuple[dict[str, Tenso
 
 
 def main(folder: Path) -> None:
-    """Rank 0 saves its results."""
+    """Run the worker. Rank 0 saves its results."""
     torch.set_num_threads(1)
     results = {f"{wrapping}, {preset}": gradients(wrapping, preset, folder) for wrapping, preset in CASES}
     if int(os.environ["RANK"]) == 0:

@@ -5,6 +5,7 @@ python docs/images/losses.py  (needs what the demo needs; about a minute on a CP
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,10 +14,12 @@ from rich.console import Console
 from rich.progress import track
 
 from pmpo_kernels import LossConfig, pmpo_loss_from_logp, token_logp
-from pmpo_kernels.demo.figure import token_labels
-from pmpo_kernels.demo.model import load_model
-from pmpo_kernels.demo.rollouts import Policy
-from pmpo_kernels.demo.run import Settings, off_policy
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "demo"))
+from demo import Settings, off_policy
+from demo_figure import token_labels
+from rollouts import Policy
+from smollm2 import load_model
 
 OUT = Path(__file__).with_name("losses.png")
 SETTINGS = Settings(

@@ -32,14 +32,14 @@ WIDE = (
 
 
 def load(kind: str) -> tuple[dict[str, Any], dict[tuple[int, float | None], list[Summary]]]:
-    """A committed results.json, and its panels by staleness and learning rate."""
+    """Return a committed results.json, and its panels by staleness and learning rate."""
     content = json.loads((RESULTS / kind / "results.json").read_text())
     found = {(p["staleness"], p["learning_rate"]): [Summary(**s) for s in p["methods"]] for p in content["panels"]}
     return content, found
 
 
 def origin(content: dict[str, Any], runs: int) -> str:
-    """Where and when, in words."""
+    """Say in words where and when it was run."""
     s = content["settings"]
     return (
         f"{runs} runs of {s['steps']} optimizer steps, {s['evaluation_problems']} {s['evaluate_on']} problems, "
@@ -53,7 +53,7 @@ def count(panels: dict[tuple[int, float | None], list[Summary]]) -> int:
 
 
 def tuned() -> str:
-    """Accuracy by staleness, method and learning rate, the best in bold."""
+    """Return the table of accuracy by staleness, method and learning rate, with the best in bold."""
     content, panels = load("tune")
     parts = []
     for staleness in dict.fromkeys(k for k, _ in panels):
@@ -68,7 +68,7 @@ def tuned() -> str:
 
 
 def chosen() -> dict[int, dict[str, float]]:
-    """The learning rate with the highest accuracy, by staleness and method."""
+    """Return the learning rate with the highest accuracy, by staleness and method."""
     best: dict[int, dict[str, Summary]] = {}
     for (staleness, _), group in load("tune")[1].items():
         found = best.setdefault(staleness, {})
@@ -79,7 +79,7 @@ def chosen() -> dict[int, dict[str, float]]:
 
 
 def compared() -> str:
-    """A table for each staleness."""
+    """Return a table of the methods for each staleness."""
     content, panels = load("compare")
     parts = []
     for (staleness, _), group in panels.items():
@@ -92,7 +92,7 @@ def compared() -> str:
 
 
 def spread() -> str:
-    """p and ESS/n of every method."""
+    """Return the table of p and ESS/n of every method."""
     _, panels = load("compare")
     rows = [["method", *(f"{name}, staleness {k}" for k, _ in panels for name in ("p", "ESS/n"))]]
     for found in zip(*panels.values(), strict=True):
@@ -101,7 +101,7 @@ def spread() -> str:
 
 
 def timed() -> str:
-    """Seconds of forward and backward of an optimizer step."""
+    """Return the table of the seconds that forward and backward of an optimizer step take."""
     _, panels = load("compare")
     rows = [["method", "ours, s", "eager, s", "ours / eager"]]
     for found in zip(*panels.values(), strict=True):
@@ -111,7 +111,7 @@ def timed() -> str:
 
 
 def ablated() -> str:
-    """PMPO's rule and clip, a column for each learning rate."""
+    """Return the table of PMPO's rule and clip, with a column for each learning rate."""
     content, panels = load("ablation")
     header = ["variant"]
     for _, rate in panels:

@@ -30,7 +30,7 @@ PANELS: tuple[tuple[str, str], ...] = (
 
 
 def colours(groups: list[Panel]) -> dict[str, object]:
-    """One for each method, in their order."""
+    """Return a colour for each method, in their order."""
     methods = sorted({m for panel in groups for m in panel.methods}, key=order)
     others = [m for m in methods if m not in COLOURS]
     spare = {m: SPARE[i % len(SPARE)] for i, m in enumerate(others)}
@@ -38,7 +38,7 @@ def colours(groups: list[Panel]) -> dict[str, object]:
 
 
 def draw_summary(groups: list[Panel], start: float, path: Path) -> None:
-    """Final accuracy: each run a dot, each method its mean and standard error."""
+    """Draw the final accuracy: each run as a dot, each method as mean and standard error."""
     colour = colours(groups)
     with plt.rc_context(STYLE):
         height = 1.6 + 0.42 * max(len(panel.methods) for panel in groups)
@@ -67,7 +67,7 @@ def draw_summary(groups: list[Panel], start: float, path: Path) -> None:
 
 
 def draw_rates(groups: list[Panel], path: Path) -> bool:
-    """Final accuracy over the learning rate; False where fewer than three are compared."""
+    """Draw the final accuracy over the learning rate. Return False where fewer than three are compared."""
     rates = sorted({panel.learning_rate for panel in groups if panel.learning_rate is not None})
     if len(rates) < 3:
         return False
@@ -97,7 +97,7 @@ def draw_rates(groups: list[Panel], path: Path) -> bool:
 
 
 def draw_runs(groups: list[Panel], path: Path) -> None:
-    """Along training: mean over the seeds of each method; the band is from the worst to the best seed."""
+    """Draw each method along training: the mean over the seeds, with a band from the worst to the best seed."""
     colour = colours(groups)
     with plt.rc_context(STYLE):
         size = (6 * len(groups), 2.6 * len(PANELS) + 0.6)
@@ -125,7 +125,7 @@ def draw_runs(groups: list[Panel], path: Path) -> None:
 
 
 def curve(axis: Axes, runs: list[Log], name: str, method: str, colour: object) -> None:
-    """One method in one panel."""
+    """Draw one method in one panel."""
     evaluated = name == "accuracy"
     scale = 100 if name in ("accuracy", "clip_fraction") else 1
     tables = [run.evaluations if evaluated else run.rows for run in runs]
@@ -139,14 +139,14 @@ def curve(axis: Axes, runs: list[Log], name: str, method: str, colour: object) -
 
 
 def means(table: list[Row], value: Callable[[Row], float | None], width: int) -> np.ndarray:
-    """Of `width` rows at a time; what is missing stays out, and a group without any is NaN."""
+    """Return the means of `width` rows at a time. What is missing stays out, and a group without any is NaN."""
     numbers = np.array([np.nan if value(row) is None else value(row) for row in table], dtype=float)
     groups = np.ma.masked_invalid(numbers[: len(numbers) // width * width].reshape(-1, width))
     return groups.mean(1).filled(np.nan)
 
 
 def draw_power(groups: list[Panel], path: Path) -> bool:
-    """Of PMPO: how p and ESS/n are spread over the trajectories, along training; False where no run adapts p."""
+    """Draw for PMPO how p and ESS/n are spread over the trajectories, along training. Return False where no run adapts p."""
     adapted = [m for panel in groups for m in panel.methods if m.startswith("pmpo")]
     if not adapted:
         return False
@@ -171,7 +171,7 @@ def draw_power(groups: list[Panel], path: Path) -> bool:
 
 
 def fan(axis: Axes, runs: list[Log], name: str) -> None:
-    """Quantiles, means over the seeds and over each batch of rollouts."""
+    """Draw quantiles, as means over the seeds and over each batch of rollouts."""
     width = runs[0].settings.staleness
     quantiles = np.array(
         [[means(r.rows, lambda row, i=i: row[name] and row[name][i], width) for i in range(5)] for r in runs]
@@ -185,5 +185,5 @@ def fan(axis: Axes, runs: list[Log], name: str) -> None:
 
 
 def wrap(title: str) -> str:
-    """On two lines where it is long."""
+    """Break a title into lines at its commas."""
     return title.replace(", ", "\n")

@@ -1,4 +1,5 @@
-"""A run's log: JSON lines, the first its settings, then one an optimizer step, the last one its end."""
+"""The log of a run, in JSON lines: the first has its settings, then there is one for each optimizer step, and the last is its
+end."""
 
 from __future__ import annotations
 
@@ -20,18 +21,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run depends on, beside the weights it starts from. The defaults are those of the small model.
+    """All that a run depends on, beside the weights that it starts from. The defaults are those of the small model.
 
     Args:
         method: a preset, perhaps with options: see `Method`.
         staleness: optimizer steps on each batch of rollouts, each on its own part of it: the last part is that many steps
             off-policy. Neither the number of steps nor that of rollouts depends on it.
         steps: optimizer steps, a multiple of the staleness.
-        prompts, copies: of an optimizer step: problems, and answers to each.
+        prompts, copies: problems of an optimizer step, and answers to each of them.
         loss: "logits" for `pmpo_loss`, "linear" for `linear_pmpo_loss`, "eager" for the same loss in plain PyTorch.
         evaluate_every: optimizer steps between two evaluations, a multiple of the staleness.
         evaluate_on: "held out", or "validation" where something is to be chosen by it.
-        evaluation_problems: so many.
+        evaluation_problems: how many there are in an evaluation.
         compare_every: optimizer steps between two timings of the step with our loss and with the eager one, a multiple of the
             staleness; 0: none.
 
@@ -74,7 +75,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Of the run; of its file."""
+        """Name of the run and of its file."""
         return f"{Method(self.method).file_stem}-rate{self.learning_rate:g}-stale{self.staleness}-seed{self.seed}"
 
 
@@ -90,12 +91,12 @@ class Log:
 
 
 def path_of(folder: Path, settings: Settings) -> Path:
-    """The file of a run in the experiment's folder."""
+    """Path of a run's file in the experiment's folder."""
     return folder / "runs" / f"{settings.name}.jsonl"
 
 
 def finished(folder: Path, settings: Settings) -> bool:
-    """Whether the run is there.
+    """Whether the log of the run is there.
 
     Raises:
         ValueError: a run of the same name is there, with other settings.
@@ -111,7 +112,7 @@ def finished(folder: Path, settings: Settings) -> bool:
 
 
 def write_log(folder: Path, settings: Settings, rows: Iterable[Row]) -> None:
-    """The whole file or, if this is interrupted, none."""
+    """Write the log as a whole. If this is interrupted, there is no file."""
     path = path_of(folder, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -122,7 +123,7 @@ def write_log(folder: Path, settings: Settings, rows: Iterable[Row]) -> None:
 
 
 def read_log(path: Path) -> Log:
-    """Of `write_log`.
+    """Read a log that `write_log` has written.
 
     Raises:
         ValueError: not such a file.

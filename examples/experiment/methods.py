@@ -1,4 +1,4 @@
-"""The losses that are compared, by name; and what each is given at a step."""
+"""The losses that are compared, by name, and what each is given at a step."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class Method:
 
     @property
     def file_stem(self) -> str:
-        """The spec as part of a file name."""
+        """The method as part of a file name."""
         return self.spec.replace(":", "__").replace(",", "_")
 
     def options(self) -> dict[str, Any]:
-        """Those after the colon, as numbers where they are."""
+        """The options after the colon, as numbers where they are numbers."""
         _, colon, text = self.spec.partition(":")
         pairs = [item.partition("=") for item in text.split(",")] if colon else []
         if not all(name and value for name, _, value in pairs):
@@ -102,8 +102,8 @@ class Method:
         return {name: _number(value) for name, _, value in pairs}
 
     def arguments(self, progress: float, rewards: Tensor | None) -> tuple[LossConfig, float | None]:
-        """The `config` and `power` of a step: `progress` is the part of the training that is done, `rewards` (B,) are those
-        of its rollouts (None: not known yet)."""
+        """Return `config` and `power` of a step. `progress` is the part of the training that is done, `rewards` (B,) are those of
+        the step's rollouts, None if they are not known yet."""
         if self.preset == "holder":
             return PRESETS["holder"](0.0, **self.options()), holder_power(progress)
         if self.preset == "apmpo" and rewards is not None:
@@ -113,7 +113,7 @@ class Method:
 
 
 def learning_rate(preset: str, staleness: int) -> float:
-    """The best known for the small model."""
+    """The best learning rate that is known for the small model."""
     known = [k for k in LEARNING_RATES if k <= staleness]
     return LEARNING_RATES[max(known, default=min(LEARNING_RATES))][preset]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,8 @@ from tasks import LEVELS, Problem, draw_problem, noisy_solution
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from pmpo_kernels.demo.model import load_model
+sys.path.append(str(Path(__file__).parents[1] / "demo"))
+from smollm2 import load_model
 
 ModelName = Literal["small", "smollm2"]
 CHARACTERS = " 0123456789+-=\n"
@@ -43,13 +45,13 @@ class Rollouts:
     old_logp: Tensor
 
     def take(self, rows: slice) -> Rollouts:
-        """The trajectories at `rows`."""
+        """Return the trajectories at `rows`."""
         return Rollouts(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model, how it is asked and how its answers are read. The weights are float32."""
+    """A causal language model with what is needed to ask it and to read its answers. The weights are float32."""
 
     model: Any
     encode: Callable[[list[Problem]], tuple[Tensor, Tensor]]  # token ids and attention mask (B, S), padded on the left
@@ -68,7 +70,7 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def hidden_states(self, r: Rollouts) -> Tensor:
-        """(B, T, H): position t predicts response token t."""
+        """Hidden states (B, T, H). Position t predicts response token t."""
         with self.autocast():
             hidden: Tensor = self.model.model(
                 input_ids=r.input_ids,
@@ -79,19 +81,19 @@ class Policy:
         return hidden[:, -r.token_ids.shape[1] - 1 : -1]
 
     def logits(self, r: Rollouts) -> Tensor:
-        """(B, T, V) of them."""
+        """Logits (B, T, V) of the response tokens."""
         with self.autocast():
             logits: Tensor = self.model.lm_head(self.hidden_states(r))
         return logits
 
 
 def needed(attention_mask: Tensor) -> Tensor | None:
-    """The mask, or None where it masks nothing and attention is simply causal."""
+    """Return the mask, or None where it masks nothing, so that attention is simply causal."""
     return None if bool(attention_mask.all()) else attention_mask
 
 
 def positions(r: Rollouts) -> Tensor:
-    """Of each token, counted from the first of its prompt."""
+    """Position of each token, counted from the first of its prompt."""
     return (r.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -99,9 +101,9 @@ def positions(r: Rollouts) -> Tensor:
 def sample(
     policy: Policy, problems: list[Problem], copies: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`copies` answers to each problem in turn: input_ids, attention_mask, token_ids, mask as in `Rollouts`.
+    """Sample `copies` answers to each problem in turn. Returns input_ids, attention_mask, token_ids, mask as in `Rollouts`.
 
-    At temperature 1, by `generator`; None takes the likeliest token. Responses end with the end token, or are cut off.
+    It samples at temperature 1 by `generator`; None takes the likeliest token. Responses end with the end token, or are cut off.
     """
     prompt, seen = policy.encode(problems)
     cache, token, kept = DynamicCache(), prompt, []
@@ -134,18 +136,18 @@ def sample(
 
 
 def encode_characters(problems: list[Problem]) -> tuple[Tensor, Tensor]:
-    """`8+7-9=` with blanks after it, all of one length: nothing is masked."""
+    """Encode problems as characters, `8+7-9=` with blanks after it. All have one length, so nothing is masked."""
     ids = torch.tensor([[CHARACTERS.index(c) for c in f"{p.expression}=".ljust(PROMPT)] for p in problems])
     return ids, torch.ones_like(ids)
 
 
 def decode_characters(ids: Tensor) -> str:
-    """Without the end."""
+    """Decode characters, without the end of the text."""
     return "".join(CHARACTERS[i] for i in ids.tolist()).removesuffix("\n")
 
 
 def small_policy(state: dict[str, Tensor] | None = None) -> Policy:
-    """The small Llama, with random weights or these."""
+    """Make the small Llama, with random weights or with these."""
     config = LlamaConfig(vocab_size=len(CHARACTERS), max_position_embeddings=64, attn_implementation="sdpa", **SIZE)
     model = LlamaForCausalLM(config)
     if state is not None:
@@ -155,7 +157,7 @@ def small_policy(state: dict[str, Tensor] | None = None) -> Policy:
 
 
 def pretrain(path: Path, steps: int, advance: Callable[[float], None], *, batch: int = 128, seed: int = 0) -> None:
-    """Teach the small model noisy solutions of training problems, by cross-entropy of the response; saved to `path`."""
+    """Teach the small model noisy solutions of training problems, by cross-entropy of the response, and save it to `path`."""
     torch.manual_seed(seed)
     rng, policy = random.Random(seed), small_policy()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -183,7 +185,7 @@ def pretrain(path: Path, steps: int, advance: Callable[[float], None], *, batch:
 
 
 def smollm2_policy(device: torch.device, bfloat16: bool, max_new_tokens: int = 64) -> Policy:
-    """SmolLM2-135M-Instruct from the installed package, asked in its chat form; levels 1 to 3."""
+    """Load SmolLM2-135M-Instruct from the installed package. It is asked in its chat form, at levels 1 to 3."""
     model, tokenizer = load_model(device)
 
     def encode(problems: list[Problem]) -> tuple[Tensor, Tensor]:
@@ -203,7 +205,7 @@ def smollm2_policy(device: torch.device, bfloat16: bool, max_new_tokens: int = 6
 
 
 def load_policy(name: ModelName, folder: Path, device: torch.device, bfloat16: bool) -> Policy:
-    """The model that every run starts from. The small one must have been made by `pretrain` in `folder`."""
+    """Load the model that every run starts from. The small one must have been made by `pretrain` in `folder`."""
     if name == "smollm2":
         return smollm2_policy(device, bfloat16)
     policy = small_policy(torch.load(folder / FILE, weights_only=True))

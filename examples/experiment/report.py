@@ -30,12 +30,12 @@ BRIEF = (0, 2, 3, 4, 5, 7, 8)
 
 
 def header(group: list[Summary]) -> list[str]:
-    """Of the table of these."""
+    """Return the header of the table of these summaries."""
     return [text.format(baseline([s.method for s in group]) or "-") for text in HEADER]
 
 
 def cells(s: Summary) -> tuple[str, ...]:
-    """A row of the table."""
+    """Return the cells of a summary in the table."""
     return (
         s.method, str(s.runs), f"{s.learning_rate:g}", points(s.accuracy, s.standard_error), f"{100 * s.worst:.1f}",
         "-" if s.difference is None else points(*s.difference, sign="+"), f"{100 * s.greedy:.1f}",
@@ -45,12 +45,12 @@ def cells(s: Summary) -> tuple[str, ...]:
 
 
 def points(value: float, error: float | None, sign: str = "") -> str:
-    """Per cent, with the standard error."""
+    """Write a value in per cent, with its standard error."""
     return f"{100 * value:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def quantiles(values: tuple[float, float, float] | None) -> str:
-    """Median, and the tenth parts at either end."""
+    """Write the median, and the quantiles 0.1 and 0.9."""
     return "-" if values is None else f"{values[1]:.2f} ({values[0]:.2f} to {values[2]:.2f})"
 
 
@@ -59,7 +59,7 @@ def seconds(value: float | None) -> str:
 
 
 def read_logs(folder: Path) -> list[Log]:
-    """All finished runs.
+    """Read the logs of all finished runs.
 
     Raises:
         ValueError: there are none, or they are not of one experiment.
@@ -74,7 +74,7 @@ def read_logs(folder: Path) -> list[Log]:
 
 
 def write_report(folder: Path, console: Console, into: Path | None = None) -> None:
-    """results.md, results.json and pictures, into the same folder or another."""
+    """Write results.md, results.json and the pictures, into the same folder or another."""
     logs, into = read_logs(folder), into or folder
     start = logs[0].evaluations[0]["accuracy"]
     parts = [f"# Results\n\n{about(logs[0].settings, start)}\n"]
@@ -109,7 +109,7 @@ def write_report(folder: Path, console: Console, into: Path | None = None) -> No
 
 
 def about(s: Settings, start: float) -> str:
-    """What was run, in words."""
+    """Say in words what was run."""
     return (
         f"Model {s.model}, {s.steps} optimizer steps of {s.prompts} problems x {s.copies} answers; evaluated on "
         f"{s.evaluation_problems} {s.evaluate_on} problems, of which {100 * start:.1f} % are solved before training."
@@ -117,7 +117,7 @@ def about(s: Settings, start: float) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first row its header."""
+    """Write a table in Markdown. The first row is its header."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
@@ -125,7 +125,7 @@ def main(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="--out of run_all.py.")],
     into: Annotated[Path | None, typer.Option(file_okay=False, help="Where it is written; the same folder.")] = None,
 ) -> None:
-    """The report of the runs that are finished."""
+    """Write the report of the runs that are finished."""
     write_report(folder, Console(), into)
 
 

@@ -1,4 +1,4 @@
-"""Every run of the experiment, over a pool of processes; what is there already is not run again. Then the report.
+"""Run the whole experiment in a pool of processes, then write the report. Runs that are there already are not run again.
 
 python examples/experiment/run_all.py --out out/experiment                                            # 80 runs on a CPU
 python examples/experiment/run_all.py --out out/tune --kind tune                                      # learning rates
@@ -37,7 +37,8 @@ SMOKE = {"steps": 1, "evaluate_every": 1, "compare_every": 1, "evaluation_proble
 
 @dataclass(frozen=True)
 class Kind:
-    """An experiment: what it compares, on which problems, with which seeds; what chooses has none in common with the result."""
+    """An experiment: what it compares, on which problems, with which seeds. Those by which something is chosen have no problem and
+    no seed in common with the result."""
 
     methods: tuple[str, ...]
     first_seed: int
@@ -61,7 +62,8 @@ def plan(
     rates: Callable[[str], Sequence[float]],
     options: dict,
 ) -> list[Settings]:
-    """All runs, seed by seed, so that an interrupted experiment has every method. `rates`: of a method and a staleness."""
+    """List all runs, seed by seed, so that an interrupted experiment has every method. `rates` returns the learning rates of a
+    method at a staleness."""
     return [
         Settings(method=m, seed=seed, staleness=k, learning_rate=rate, **options)
         for seed in seeds
@@ -72,7 +74,7 @@ def plan(
 
 
 def execute(runs: list[Settings], out: Path, jobs: int, pretrain_steps: int, console: Console) -> None:
-    """Pre-train where it is needed, then the runs that are missing; the first error ends it."""
+    """Pre-train where it is needed, then run what is missing. The first error ends it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         missing = [s for s in runs if not finished(out, s)]

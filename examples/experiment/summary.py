@@ -1,4 +1,4 @@
-"""What a method's runs come to, over the seeds."""
+"""Results of a method's runs over the seeds, and the panels in which methods are compared."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTES = f"""Per method, over the runs of one staleness, in the order of the colu
 
 @dataclass(frozen=True)
 class Summary:
-    """One method at one staleness. Accuracies and clip fraction are parts of 1; p and ESS/n: quantiles 0.1, 0.5, 0.9."""
+    """One method at one staleness. Accuracies and clip fraction are parts of 1; p and ESS/n are quantiles 0.1, 0.5, 0.9."""
 
     method: str
     learning_rate: float
@@ -58,7 +58,7 @@ def collapsed(log: Log) -> bool:
 
 @dataclass(frozen=True)
 class Panel:
-    """Runs that are compared with each other: one staleness, and one learning rate (None: each method has its own)."""
+    """Runs that are compared with each other. They have one staleness and one learning rate (None if each method has its own)."""
 
     staleness: int
     learning_rate: float | None
@@ -66,28 +66,28 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """Such as `16 optimizer steps a batch of rollouts, learning rate 0.0001`."""
+        """Title of the panel, such as `16 optimizer steps a batch of rollouts, learning rate 0.0001`."""
         text = f"{self.staleness} optimizer step{'s' * (self.staleness > 1)} a batch of rollouts"
         return text if self.learning_rate is None else f"{text}, learning rate {self.learning_rate:g}"
 
     @property
     def methods(self) -> list[str]:
-        """In the order of `FAMILY`, then those with options."""
+        """The methods in the order of `FAMILY`, then those with options."""
         return sorted({log.settings.method for log in self.logs}, key=order)
 
     def runs(self, method: str) -> list[Log]:
-        """Of one method, by seed."""
+        """Runs of one method, by seed."""
         return sorted((x for x in self.logs if x.settings.method == method), key=lambda log: log.settings.seed)
 
     def summaries(self) -> list[Summary]:
-        """Of each method."""
+        """The summary of each method."""
         base = baseline(self.methods)
         other = None if base is None else self.runs(base)
         return [summary(self.runs(m), None if m == base else other) for m in self.methods]
 
 
 def panels(logs: list[Log]) -> list[Panel]:
-    """By staleness and, where a method has several learning rates, by these."""
+    """Group the runs into panels, by staleness and, where a method has several learning rates, by these."""
     rates: dict[tuple[int, str], set[float]] = defaultdict(set)
     for log in logs:
         rates[log.settings.staleness, log.settings.method].add(log.settings.learning_rate)
@@ -99,17 +99,17 @@ def panels(logs: list[Log]) -> list[Panel]:
 
 
 def baseline(methods: list[str]) -> str | None:
-    """What the others are compared with: grpo, or among variants of pmpo pmpo itself."""
+    """Return the method that the others are compared with: grpo, or among variants of pmpo pmpo itself."""
     return next((m for m in ("grpo", "pmpo") if m in methods), None)
 
 
 def order(method: str) -> tuple[int, str]:
-    """For sorting."""
+    """Key by which methods are sorted."""
     return (FAMILY.index(method), "") if method in FAMILY else (len(FAMILY), method)
 
 
 def summary(logs: list[Log], other: list[Log] | None) -> Summary:
-    """Of a method's runs at one staleness and learning rate; `other`: the runs that they are compared with."""
+    """Summarise a method's runs at one staleness and learning rate. `other` are the runs that they are compared with."""
     final = [last_accuracy(log) for log in logs]
     rows = [row for log in logs for row in log.rows]
     norms = [row["gradient_norm"] for row in rows if row["gradient_norm"] is not None]
@@ -138,24 +138,24 @@ def summary(logs: list[Log], other: list[Log] | None) -> Summary:
 
 
 def last_accuracy(log: Log) -> float:
-    """After training, by samples."""
+    """Accuracy after training, by samples."""
     return float(log.evaluations[-1]["accuracy"])
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard error; a single value has none."""
+    """Mean and standard error, None for that of a single value."""
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def difference(logs: list[Log], other: list[Log]) -> tuple[float, float | None] | None:
-    """Of the accuracies of the seeds that both have."""
+    """Mean difference of the accuracies, with its standard error, over the seeds that both have."""
     known = {log.settings.seed: last_accuracy(log) for log in other}
     pairs = [last_accuracy(log) - known[log.settings.seed] for log in logs if log.settings.seed in known]
     return mean_and_error(pairs) if pairs else None
 
 
 def _quantiles(rows: list[list[float] | None]) -> tuple[float, float, float] | None:
-    """Means over the steps of quantiles 0.1, 0.5 and 0.9 of the log's five."""
+    """Means over the steps of the quantiles 0.1, 0.5 and 0.9, out of the five in the log."""
     known = [row[1:4] for row in rows if row is not None and None not in row]
     if not known:
         return None

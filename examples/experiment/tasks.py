@@ -21,7 +21,7 @@ FORGOTTEN, SLIP = 0.6, 0.03  # of the noisy solutions' carries; of their steps
 
 @dataclass(frozen=True)
 class Problem:
-    """A start and what is added to it, one number an operation."""
+    """A problem: a start, and what is added to it by each operation."""
 
     start: int
     terms: tuple[int, ...]
@@ -32,7 +32,7 @@ class Problem:
 
     @property
     def expression(self) -> str:
-        """Such as `8+7-3`."""
+        """The problem as text, such as `8+7-3`."""
         return str(self.start) + "".join(f"{term:+d}" for term in self.terms)
 
     @property
@@ -42,13 +42,14 @@ class Problem:
 
     @property
     def side(self) -> Side:
-        """A property of the text, so that no problem can be on two sides: three fifths, one, one."""
+        """Side of the split. It depends on the text alone, so that no problem is on two sides, of which the training side has three
+        fifths and the others one each."""
         fifth = hashlib.sha256(self.expression.encode()).digest()[0] % 5
         return SIDES[max(0, fifth - 2)]
 
 
 def draw_problem(rng: random.Random, level: int, side: Side) -> Problem:
-    """A problem of one side of the split; totals stay at or above 0.
+    """Draw a problem of one side of the split, with totals that stay at or above 0.
 
     Raises:
         ValueError: a level that is not between 1 and the largest of `LEVELS`, or no such side.
@@ -69,18 +70,18 @@ def draw_problem(rng: random.Random, level: int, side: Side) -> Problem:
 
 
 def draw_problems(key: str, count: int, levels: tuple[int, ...] = LEVELS, side: Side = "train") -> list[Problem]:
-    """`count` problems, levels in turn; the same ones for the same key, everywhere."""
+    """Draw `count` problems, with the levels in turn. The same key gives the same ones everywhere."""
     rng = random.Random(key)
     return [draw_problem(rng, levels[i % len(levels)], side) for i in range(count)]
 
 
 def solution(problem: Problem) -> str:
-    """All totals, two digits each."""
+    """Write the solution: all totals, with two digits each."""
     return write(problem.totals)
 
 
 def noisy_solution(problem: Problem, rng: random.Random) -> str:
-    """The solution by someone who mostly forgets to carry (17+8: 15) and to borrow, now and then is off by one, and goes on
+    """Write a solution as by someone who mostly forgets to carry (17+8: 15) and to borrow, is off by one now and then, and goes on
     from there."""
     total, totals = problem.start, []
     for term in problem.terms:
@@ -95,7 +96,7 @@ def noisy_solution(problem: Problem, rng: random.Random) -> str:
 
 
 def write(totals: Iterable[int]) -> str:
-    """Two digits each."""
+    """Write totals with two digits each."""
     return " ".join(f"{total:02d}" for total in totals)
 
 

@@ -1,4 +1,4 @@
-"""One run: a method, a seed, a staleness."""
+"""One run of the experiment: a method, a seed, a staleness."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tasks import Problem, draw_problems, reward
 from torch import Tensor
 
 from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, token_logp
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.schedules import group_advantages
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 SHOWN = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Quantiles of p and of ESS/n in the log, among the trajectories that have a gradient."""
 
 
 def train(settings: Settings, folder: Path) -> bool:
-    """The run, its log written to `folder`; False where it was there already."""
+    """Do the run and write its log to `folder`. Return False if it was there already."""
     if finished(folder, settings):
         return False
     torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def train(settings: Settings, folder: Path) -> bool:
 
 
 def run(settings: Settings, policy: Policy) -> Iterator[Row]:
-    """The rows of the log."""
+    """Do the run and yield the rows of the log."""
     s, method, begin = settings, Method(settings.method), time.perf_counter()
     parameters = list(policy.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=s.learning_rate, weight_decay=0.0)
@@ -68,7 +68,7 @@ def run(settings: Settings, policy: Policy) -> Iterator[Row]:
 
 
 def roll_out(policy: Policy, problems: list[Problem], settings: Settings, generator: torch.Generator) -> Rollouts:
-    """Answers of the policy as it is now, their rewards, advantages within each problem's group, and log-probs."""
+    """Roll out the policy as it is now: its answers, their rewards, the advantages within each problem's group, and log-probs."""
     copies = settings.copies
     input_ids, attention, token_ids, mask = sample(policy, problems, copies, generator)
     rewards = grade(policy, [p for p in problems for _ in range(copies)], token_ids, mask)
@@ -84,14 +84,15 @@ def roll_out(policy: Policy, problems: list[Problem], settings: Settings, genera
 
 
 def grade(policy: Policy, problems: list[Problem], token_ids: Tensor, mask: Tensor) -> Tensor:
-    """The rewards (B,)."""
+    """Return the rewards (B,) of the answers."""
     answers = zip(problems, token_ids.cpu(), mask.cpu(), strict=True)
     values = [reward(p, policy.decode(ids[keep]), bool((ids == policy.end).any())) for p, ids, keep in answers]
     return torch.tensor(values, device=mask.device)
 
 
 def evaluate(policy: Policy, settings: Settings) -> Row:
-    """Part of the problems for it that are solved: by samples at temperature 1, by the likeliest tokens, and by level."""
+    """Return the part of the evaluation problems that is solved: by samples at temperature 1, by the likeliest tokens, and by
+    level."""
     problems = draw_problems("evaluation", settings.evaluation_problems, policy.levels, settings.evaluate_on)
     generator = torch.Generator(policy.device).manual_seed(0)
     solved = []
@@ -106,7 +107,8 @@ def evaluate(policy: Policy, settings: Settings) -> Row:
 
 
 def backward(policy: Policy, r: Rollouts, config: LossConfig, power: float | None, loss: LossName) -> PMPOOutput:
-    """The gradient of a step into the parameters; what is known of it. With the eager loss that is computed beside it."""
+    """Add the gradient of a step to the parameters and return the loss's output. With the eager loss the output is computed beside
+    it."""
     options = {"mask": r.mask, "config": config, "power": power}
     if loss == "linear":
         hidden, weight = policy.hidden_states(r), policy.model.lm_head.weight
@@ -125,13 +127,13 @@ def backward(policy: Policy, r: Rollouts, config: LossConfig, power: float | Non
 
 
 def eager_loss(logits: Tensor, r: Rollouts, config: LossConfig, power: float | None) -> Tensor:
-    """The same loss in plain PyTorch."""
+    """Compute the same loss in plain PyTorch."""
     each = None if power is None else torch.full_like(r.advantages, power, dtype=torch.float64)
     return eager_pmpo_loss(logits, r.token_ids, r.old_logp, r.advantages, r.mask, config, each)
 
 
 def times(policy: Policy, r: Rollouts, config: LossConfig, power: float | None, loss: LossName) -> Row:
-    """Seconds of forward and backward on one batch with our loss and with the eager one, the better of two each."""
+    """Return the seconds of forward and backward on one batch with our loss and with the eager one, each the better of two."""
     ours: LossName = "logits" if loss == "eager" else loss
     seconds: dict[str, list[float]] = {"ours": [], "eager": []}
     for _ in range(2):
@@ -149,7 +151,7 @@ def times(policy: Policy, r: Rollouts, config: LossConfig, power: float | None, 
 
 
 def seen(out: PMPOOutput, r: Rollouts) -> Row:
-    """What the log keeps of a step."""
+    """Return what the log keeps of a step."""
     names = (
         "clip_fraction",
         "clip_fraction_low",
@@ -168,7 +170,7 @@ def seen(out: PMPOOutput, r: Rollouts) -> Row:
 
 
 def _number(value: Tensor) -> float | None:
-    """For JSON, which has neither NaN nor infinity."""
+    """Return a number for JSON, which has neither NaN nor infinity: None for these."""
     number = float(value)
     return number if math.isfinite(number) else None
 

@@ -1,4 +1,4 @@
-"""Problems and answers into the parquet file that verl trains on.
+"""Write problems and answers into the parquet file that verl trains on.
 
 python examples/verl/prepare_math.py math_train.jsonl data/math/train.parquet
 
@@ -18,7 +18,7 @@ SOURCE = "DigitalLearningGmbH/MATH-lighteval"  # the name by which verl chooses 
 
 
 def to_verl(problems: pd.DataFrame) -> pd.DataFrame:
-    """One row a problem, in the columns that verl reads."""
+    """Return the problems in the columns that verl reads, one row a problem."""
     missing = {"problem", "answer"} - set(problems.columns)
     if missing:
         raise ValueError(f"columns: expected problem and answer, got {list(problems.columns)}")

@@ -1,1 +1,1 @@
-"""Shared by `pmpo-kernels bench` and the pytest-benchmark cases: inputs, variants, accuracy, time, memory, report."""
+"""What `pmpo-kernels bench` and the programs in benchmarks/ share: inputs, variants, accuracy, time, memory, report."""

@@ -1,4 +1,4 @@
-"""Loss and gradient of a variant against float64, in chunks of rows: no speed is printed for a wrong result."""
+"""Loss and gradient of a variant against float64, in chunks of rows. A variant with a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels import reference
-from pmpo_kernels.aggregate import Aggregation, default_denominator, total_loss
+from pmpo_kernels.aggregate import default_denominator, total_loss
 from pmpo_kernels.benchmarking.inputs import Inputs, chunks, flat_trajectory
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.verification import Oracle, ThreePartError, error_bound, three_part_error
 
 
 class Exact(NamedTuple):
-    """What float64 says, but for the gradient itself: (B T,) tensors of both vocabulary stages, `dlogp` over the denominator;
-    loss and sum_i |w_i A_i M_p| / D; and what the bounds depend on."""
+    """The right results in float64, without the gradient itself, which is made from them a chunk at a time.
+
+    row_max, row_sum, entropy and dlogp are (B T,), and dlogp is divided by D. loss_scale is sum_i |w_i A_i M_p| / D. largest, the
+    largest |logit / temperature|, and power, the largest |p|, are what the bounds depend on."""
 
     row_max: Tensor
     row_sum: Tensor
@@ -30,12 +33,12 @@ class Exact(NamedTuple):
 
     @property
     def gradient_rows(self) -> int:
-        """Rows whose gradient is not 0: neither padded nor clipped nor of a trajectory with advantage 0."""
+        """Number of rows whose gradient is not 0: neither padded nor clipped nor of a trajectory with advantage 0."""
         return int((self.dlogp != 0).sum())
 
 
 class Errors(NamedTuple):
-    """Relative errors against float64: of the gradient in three parts, and of the loss over `Exact.loss_scale`."""
+    """Relative errors against float64: those of the gradient in three parts, and that of the loss over `Exact.loss_scale`."""
 
     gradient: ThreePartError
     loss: float
@@ -43,10 +46,8 @@ class Errors(NamedTuple):
 
 @torch.no_grad()
 def exact(inputs: Inputs, config: LossConfig) -> Exact:
-    """The stages of the reference in float64, `token_logp` a chunk at a time. The adaptive p is solved here.
-
-    The presets have neither KL nor entropy term, whose gradients this leaves out.
-    """
+    """Run the reference's stages in float64, `token_logp` a chunk of rows at a time. An adaptive p is solved here. KL and entropy
+    terms are not supported, because the presets have neither."""
     assert config.beta == 0
     assert config.entropy_coef == 0
     V = inputs.logits.shape[-1]
@@ -61,7 +62,7 @@ def exact(inputs: Inputs, config: LossConfig) -> Exact:
     dlogp, _, stats = flat_trajectory(
         logp.view(inputs.mask.shape), inputs.old_logp, inputs.advantages, inputs.mask, config
     )
-    terms = Aggregation.of(config)
+    terms = config.aggregate_options()
     denominator = default_denominator(stats[STATS.index("tokens")], terms)
     row = dict(zip(STATS, stats, strict=True))
     return Exact(
@@ -99,15 +100,13 @@ def errors(loss: Tensor, gradient: Tensor, inputs: Inputs, want: Exact, config: 
 
 
 def _largest(a: float, b: float) -> float:
-    """The larger of the two; infinity for NaN."""
+    """The larger of the two, infinity if b is NaN."""
     return math.inf if math.isnan(b) else max(a, b)
 
 
 def bounds(dtype: torch.dtype, vocab: int, want: Exact, config: LossConfig, *, fused: bool) -> tuple[float, float]:
-    """Of the gradient's parts, in the dtype of the logits, and of the loss, which is float32 whatever they are.
-
-    What others compute may add a row one after the other in 8 lanes, as PyTorch does on a CPU; ours may not.
-    """
+    """Return the bound on the gradient's parts, for the dtype of the logits, and that on the loss, which is always float32. What is
+    not `fused` may add up a row in 8 lanes, one element after the other, as PyTorch does on a CPU."""
     partial_sum = 64 if fused else max(64, vocab / 8)
     gradient, loss = (
         error_bound(d, vocab, want.largest, want.power, solved=config.power == "ess", partial_sum=partial_sum)

@@ -1,4 +1,4 @@
-"""The C library's allocator with and without page faults on large buffers, and how many faults there were."""
+"""Settings of the C library's allocator, with and without page faults on large buffers, and a count of the faults."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ _DEFAULTS = {_M_TRIM_THRESHOLD: 128 * 1024, _M_MMAP_MAX: 65536}
 
 
 class Allocator(str, Enum):
-    """`default`: each large tensor is fresh memory, whose pages the system clears on first use. `reuse`: freed memory is
-    kept and taken again, so that after a warm-up nothing but the computation is timed. Page faults are reported to show that:
-    glibc before 2.38 does not always take an aligned block again for one of exactly its size."""
+    """How large tensors get their memory.
+
+    `default`: each is fresh memory, whose pages the system clears on first use. `reuse`: freed memory is kept and taken again, so
+    that after a warm-up nothing but the computation is timed. Page faults are reported to show whether it is so: glibc before
+    2.38 does not always take an aligned block again for one of exactly its size."""
 
     default = "default"
     reuse = "reuse"
 
 
 def allocators(device: str) -> list[Allocator]:
-    """The settings that can be compared: both on the CPU with glibc; a GPU has PyTorch's caching allocator."""
+    """Return the settings that can be compared: both on a CPU with glibc, else the default. A GPU has PyTorch's own allocator."""
     return list(Allocator) if device == "cpu" and _mallopt() else [Allocator.default]
 
 
 @contextmanager
 def using(allocator: Allocator) -> Iterator[None]:
-    """The setting for this process, until the end of the block."""
+    """Use this setting in this process until the end of the block."""
     mallopt = _mallopt()
     if allocator is Allocator.default or mallopt is None:
         yield
@@ -44,14 +46,14 @@ def using(allocator: Allocator) -> Iterator[None]:
 
 
 def map_every_large_tensor() -> None:
-    """Every large tensor its own mapping, so that freeing it lowers the resident set."""
+    """Give every large tensor a mapping of its own, so that freeing it lowers the resident set."""
     mallopt = _mallopt()
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
 def page_faults() -> int | None:
-    """Page faults of this process so far that needed no disk; None where the system does not tell."""
+    """Number of page faults of this process so far that needed no disk, None where the system does not tell."""
     if sys.platform == "win32":
         return None
     import resource
@@ -63,5 +65,5 @@ def _mallopt() -> Callable[[int, int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
-    # musl has neither; other C libraries have other numbers
+    # musl has neither function, and other C libraries number the options differently
     return libc.mallopt if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version") else None

@@ -1,4 +1,4 @@
-"""One comparison's shape, dtype, loss, and how much of the batch has a gradient."""
+"""`Case`: shape, dtype and loss of one comparison, and how much of its batch has a gradient."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Preset(str, Enum):
 
 
 LIMITS = {"padded": 0.5, "clipped": 1.0, "zero_advantage": 1.0}
-"""Largest value of each fraction of a `Case`; with padding evenly spread over a batch more than half has no room."""
+"""Largest value of each fraction of a `Case`. Lengths are spread evenly below `tokens`; half padded, the shortest is near 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Shape (batch, tokens, vocab), dtype, loss and device of one comparison; the same case has the same inputs.
+    """Shape (batch, tokens, vocab), dtype, loss and device of one comparison. The same case has the same inputs.
 
-    padded: fraction of the batch x tokens positions. zero_advantage: of the trajectories. clipped: of the response tokens
-    whose advantage is not 0; where the preset clips whole trajectories, of those trajectories. As usual it is half of PMPO's
-    full_clip_fraction, so that p is solved between its limits. `model` is a name for the vocabulary.
+    padded is a fraction of the batch x tokens positions, zero_advantage one of the trajectories. clipped is a fraction of the
+    response tokens whose advantage is not 0 or, where the preset clips whole trajectories, of those trajectories. Its default is
+    half of PMPO's full_clip_fraction, so that p is solved between its limits. `model` is a name for the vocabulary.
 
     Raises:
         ValueError: a fraction out of its range.
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Usable in a file name; with a `model` it names everything but the seed and the device."""
+        """Name for a file. With a `model` it tells everything but the seed and the device."""
         if self.model is None:
             return f"v{self.vocab}-{self.dtype.value}"
         fractions = {f"{name[0]}{getattr(self, name):g}": getattr(self, name) for name in LIMITS}
@@ -94,50 +94,8 @@ class Case:
 
     @property
     def needed_bytes(self) -> int:
-        """Rough need. On a CPU of the widest variant: 14 float32 tensors of the logits' shape (10 measured, two copies kept).
-        On a GPU, where a variant may run out of memory, of what must fit: three copies and the gradient."""
+        """Bytes needed, roughly. On a CPU they are those of the widest variant, 14 float32 tensors of the logits' shape (10
+        measured, two copies kept). On a GPU, where a variant may run out of memory, three copies and the gradient must fit."""
         if self.device != "cpu":
             return 4 * self.logits_bytes
         return 14 * 4 * self.batch * self.tokens * self.vocab
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadCase(Case):
-    """A loss from hidden states of width `hidden` and an LM head (V, H) of the same dtype, for losses that clip tokens.
-
-    Raises:
-        ValueError: as `Case`; or a preset that clips whole trajectories, whose bounds are below the rounding of 16-bit logits.
-    """
-
-    hidden: int
-    padded: float = 0.375
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.config.clip != "token":
-            raise ValueError(f"preset: expected one that clips tokens, got {self.preset.value}")
-
-    @property
-    def title(self) -> str:
-        hidden = f"({self.batch}, {self.tokens}, {self.hidden})"
-        head = f"({self.vocab}, {self.hidden})"
-        return f"{self.preset.value}, hidden states {hidden}, head {head}, {self.dtype.value}, {self.device}"
-
-    @property
-    def name(self) -> str:
-        return f"{super().name}-h{self.hidden}"
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of the response tokens' hidden states and of the head, up to the rounding of the lengths."""
-        tokens = round(self.batch * self.tokens * (1 - self.padded))
-        return (tokens + self.vocab) * self.hidden * (self.row_bytes // self.vocab)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Rough need, on a GPU of what must fit: float64 copies of the head, its gradient and chunks; on a CPU also of the
-        widest row, eager PyTorch: seven float32 tensors of the response tokens' logits."""
-        exact = 4 * 8 * self.vocab * self.hidden + 8 * 2**28
-        return exact + (
-            0 if self.device != "cpu" else round(28 * (1 - self.padded) * self.batch * self.tokens * self.vocab)
-        )

@@ -1,4 +1,4 @@
-"""One comparison: check every variant, measure memory, then time them round by round."""
+"""One comparison: every variant is checked, its memory is measured, and all are timed round by round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,21 +14,18 @@ from torch import Tensor
 from pmpo_kernels.benchmarking import accuracy
 from pmpo_kernels.benchmarking.allocator import Allocator, using
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.head_accuracy import HeadErrors
 from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps, Times, lap, rotating
 from pmpo_kernels.benchmarking.memory import peak_memory
-from pmpo_kernels.benchmarking.stages import stage_functions
-from pmpo_kernels.benchmarking.traffic import Traffic, model_bytes
 from pmpo_kernels.benchmarking.variants import COMPILED, EAGER, FUSED, PEER, LossFunction, Variant
-from pmpo_kernels.verification import ThreePartError
+from pmpo_kernels.config import LossConfig
 
 WARMUP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, quartiles and extremes over the rounds; milliseconds unless said otherwise."""
+    """Median, quartiles and extremes over the rounds, in milliseconds unless said otherwise."""
 
     median: float
     q1: float
@@ -44,8 +41,8 @@ class Spread:
 
 @dataclass
 class Timing:
-    """One variant with one allocator setting; `speedup` over eager by medians of forward + backward, `page_faults` the
-    median of a forward and backward."""
+    """Times of one variant with one allocator setting. `page_faults` is the median number in a forward and backward, `speedup` the
+    ratio of eager PyTorch's median of both to this one's."""
 
     forward: Spread
     backward: Spread
@@ -68,16 +65,14 @@ class Timing:
 
 @dataclass
 class Row:
-    """One variant's results; without `problem` it is correct and timed, with one it has no times.
-
-    `gradient_error` is the largest of `parts`.
-    """
+    """One variant's results. Without a `problem` it is right and is timed; with one it has no times. `gradient_error` is the
+    largest of `parts`."""
 
     name: str
     group: str
     gradient_error: float | None = None
     gradient_bound: float | None = None
-    parts: ThreePartError | HeadErrors | None = None
+    parts: NamedTuple | None = None
     loss_error: float | None = None
     loss_bound: float | None = None
     wrong: bool = False
@@ -88,14 +83,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the order of the variants; ms of one read and one copy of the logits; ms of each stage of the first fused
-    variant alone; the fewest bytes a pass can move; rows of the logits whose gradient is not 0; smallest and largest
-    adaptive p where A is not 0."""
+    """All results of a case, with `rows` in the order of the variants.
+
+    `floor` are the times of one read and one copy of the logits, `stages`, if asked for, those of each stage of the first fused
+    variant alone. `unmasked_rows` and `gradient_rows` are the numbers of rows of the logits that belong to a response token and
+    whose gradient is not 0, `power` the smallest and the largest adaptive p where A is not 0."""
 
     rows: list[Row]
     floor: dict[str, Spread]
     stages: dict[str, Spread]
-    traffic: Traffic
+    unmasked_rows: int
     gradient_rows: int
     power: tuple[float, float] | None = None
 
@@ -105,10 +102,12 @@ class Comparison:
 
 
 Result = TypeVar("Result")
+# `stages(impl, inputs, config)`: by name, calls that are timed alone
+StageCalls = Callable[[str, Inputs, LossConfig], dict[str, Callable[[], object]]]
 
 
 def attempt(row: Row, call: Callable[[], Result]) -> Result | None:
-    """What the call returns; where it is a peer's failure or the memory is too small None, and the row says why."""
+    """Return what the call returns. Where a peer fails or a GPU's memory is too small, return None and note why in the row."""
     try:
         return call()
     except torch.OutOfMemoryError:
@@ -121,12 +120,12 @@ def attempt(row: Row, call: Callable[[], Result]) -> Result | None:
 
 
 def run_once(row: Row, bench: Steps, f: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
-    """Loss and gradients of one run, as `attempt`."""
+    """Run forward and backward once, as `attempt` does, and return loss and gradients."""
     return attempt(row, lambda: bench.run(f))
 
 
 def judge(row: Row) -> None:
-    """Errors above their bounds are a problem."""
+    """Mark the row as wrong, and note it as its problem, if an error exceeds its bound."""
     assert row.gradient_error is not None
     assert row.gradient_bound is not None
     assert row.loss_error is not None
@@ -137,7 +136,7 @@ def judge(row: Row) -> None:
 
 
 def check(row: Row, bench: Bench, f: LossFunction, case: Case, want: accuracy.Exact) -> None:
-    """Fill in the errors of one run and, if they exceed their bounds, the problem."""
+    """Run the variant once and fill in its errors and bounds and, if one exceeds the other, the problem."""
     found = run_once(row, bench, f)
     if found is None:
         return
@@ -157,20 +156,20 @@ def compare(
     settings: list[Allocator],
     memory: bool = True,
     save: Callable[[Comparison], None] | None = None,
+    stages: StageCalls | None = None,
 ) -> Comparison:
-    """Build the inputs, check, measure memory, time under each setting of the allocator; `advance(what)` is called before
-    each of `steps(...)` steps.
+    """Build the inputs, check the variants, measure their memory, and time them under each setting of the allocator.
 
-    `save` is given what there is after each row that was checked, each memory figure and each timed round. With it
-    everything else is timed before torch.compile begins, which may take longer than all of it, and then again beside it.
+    `advance(what)` is called before each of `steps(...)` steps. `save` is called with what there is after each checked row, each
+    memory figure and each timed round. With it the others are timed before torch.compile, which may take longer than all of them,
+    begins, and then again beside it. Each of `stages` of the first fused variant is timed alone.
     """
     advance("building inputs")
     inputs = build_inputs(case)
     benches = {one_more: Bench(inputs, one_more) for one_more in {variant.one_more for variant in chosen}}
     want = accuracy.exact(inputs, case.config)
     rows = {variant: Row(variant.name, variant.group) for variant in chosen}
-    traffic = model_bytes(case, int(inputs.mask.sum()), want.gradient_rows)
-    found = Comparison(list(rows.values()), {}, {}, traffic, want.gradient_rows, _powers(inputs))
+    found = Comparison(list(rows.values()), {}, {}, int(inputs.mask.sum()), want.gradient_rows, _powers(inputs))
     functions: dict[Variant, LossFunction] = {}
     for part in parts(chosen, save is not None):
         for variant in part:
@@ -191,13 +190,15 @@ def compare(
                 if save:
                     save(found)
         if any(variant in functions for variant in part):
-            # rounds are on file as they are done, unless there is a whole set of them already
-            time_rows(found, case, benches, functions, repeats, advance, settings, None if found.floor else save)
+            # rounds are saved as they are done, unless a whole set of them is saved already
+            time_rows(
+                found, case, benches, functions, repeats, advance, settings, None if found.floor else save, stages
+            )
     return found
 
 
 def parts(chosen: list[Variant], early: bool) -> list[list[Variant]]:
-    """What is checked and timed one after the other: all variants, or with `early` torch.compile after the others."""
+    """Split the variants into parts that are checked and timed one after the other: with `early`, torch.compile comes last."""
     late = [variant for variant in chosen if early and variant == COMPILED]
     return [part for part in ([variant for variant in chosen if variant not in late], late) if part]
 
@@ -218,15 +219,17 @@ def time_rows(
     advance: Callable[[str], None],
     settings: list[Allocator],
     save: Callable[[Comparison], None] | None,
+    stages: StageCalls | None,
 ) -> None:
-    """Timings of the rows that have a function, of the floor and of the stages, over the rounds of all settings."""
+    """Time the variants in `functions` under each setting of the allocator, and store the times in their rows. The times of floor
+    and stages are taken over the rounds of all settings."""
     totals: tuple[Samples, Samples] = ({}, {})
     for allocator in settings:
         with using(allocator):
-            for _ in _rounds(case, benches, functions, WARMUP_ROUNDS, advance):
+            for _ in _rounds(case, benches, functions, WARMUP_ROUNDS, advance, stages):
                 pass
             before = [dict(total) for total in totals]
-            for samples, *more in _rounds(case, benches, functions, repeats, advance):
+            for samples, *more in _rounds(case, benches, functions, repeats, advance, stages):
                 summarise(found.rows, allocator, samples)
                 for into, total, old, new in zip((found.floor, found.stages), totals, before, more, strict=True):
                     total |= {what: old.get(what, []) + values for what, values in new.items()}
@@ -244,9 +247,10 @@ def _rounds(
     functions: dict[Variant, LossFunction],
     repeats: int,
     advance: Callable[[str], None],
+    stages: StageCalls | None,
 ) -> Iterator[tuple[dict[str, list[Times]], Samples, Samples]]:
-    """After each round the interleaved samples so far of every variant, of the floor, and of the stages of the first fused
-    variant."""
+    """Time round by round. After each round yield all samples so far, of every variant by name, of the floor, and of the stages of
+    the first fused variant."""
     named = {variant.name: variant for variant in functions}
     times: dict[str, list[Times]] = {name: [] for name in named}
     cuda = case.device != "cpu"
@@ -254,9 +258,9 @@ def _rounds(
     bench = benches[ours.one_more]
     bench.restore()
     work = bench.inputs._replace(logits=bench.logits.detach()[:, : case.tokens])
-    alone = stage_functions(ours.impl, work, case.config) if ours.impl else {}
+    alone = stages(ours.impl, work, case.config) if stages and ours.impl else {}
     floor: Samples = {"read": [], "copy": []}
-    stages: Samples = {name: [] for name in alone}
+    of_stages: Samples = {name: [] for name in alone}
     for names in rotating(list(named), repeats):
         advance("timing")
         for name in names:
@@ -265,18 +269,18 @@ def _rounds(
             floor[what].append(ms)
         for what, f in alone.items():
             bench.restore()
-            stages[what].append(lap(f, cuda))
-        yield times, floor, stages
+            of_stages[what].append(lap(f, cuda))
+        yield times, floor, of_stages
 
 
 def steps(chosen: list[Variant], repeats: int, settings: list[Allocator], early: bool = False) -> int:
-    """How often `compare` calls `advance` at most; `early`: with `save`."""
+    """How often `compare` calls `advance` at most; `early` if it has `save`."""
     rounds = (WARMUP_ROUNDS + repeats) * len(settings)
     return 1 + 2 * len(chosen) + rounds * len(parts(chosen, early))
 
 
 def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Times]]) -> None:
-    """Add the timing of each timed row with this allocator."""
+    """Store in each timed row its timing with this allocator setting."""
     timings = {name: Timing.of(times) for name, times in samples.items()}
     eager = timings.get(EAGER.name)
     for row in rows:
@@ -287,10 +291,8 @@ def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Tim
 
 
 def host_overhead(case: Case, chosen: list[Variant], repeats: int) -> dict[str, Spread]:
-    """Host time of one forward and backward on a tiny batch, in microseconds, without waiting for a GPU.
-
-    Without torch.compile, which would compile for this shape alone.
-    """
+    """Return each variant's host time of one forward and backward on a tiny batch, in microseconds, without waiting for a GPU.
+    torch.compile is left out, because it would compile for this shape alone."""
     tiny = replace(case, vocab=256, batch=2, tokens=8)
     inputs = build_inputs(tiny)
     found: dict[str, Spread] = {}

@@ -1,4 +1,4 @@
-"""A comparison as a figure."""
+"""`write_figure`: a comparison as a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 
 def write_figure(report: Report, path: Path) -> None:
-    """Times with each allocator setting, forward and backward stacked, and the peak memory beside them."""
+    """Draw the times with each allocator setting, forward and backward stacked, and the peak memory beside them."""
     rows = [row for row in report.rows if not row.problem]
     allocators = list(dict.fromkeys(a for row in rows for a in row.timings))
     figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""A batch with signal in it, built in chunks of rows on its device."""
+"""Inputs of the comparisons: batches whose logits look like a language model's, built in chunks of rows on their device."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pmpo_kernels.batch import Batch
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.config import STATS, LossConfig
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.contract import STATS
 from pmpo_kernels.reference import trajectory
 
-CHUNK_ELEMENTS = 2**25  # 256 MiB in float64, the unit of everything that is computed in float64
-PEAKS = 16  # likely tokens of a row
+CHUNK_ELEMENTS = 2**25  # 256 MiB in float64, in which chunks are computed
+PEAKS = 16  # number of likely tokens in a row
 NOISE = 0.1  # standard deviation of log-ratios that are not clipped
 MARGIN = 2e-3  # distance of a token's log-ratio from the clip bounds
 
 
 class Inputs(NamedTuple):
-    """logits (B, T, V); token_ids, old_logp, mask (B, T); advantages (B,); power (B,) float64 where it is adaptive."""
+    """logits (B, T, V); token_ids, old_logp, mask (B, T); advantages (B,); power (B,) float64 is the solved p, or None."""
 
     logits: Tensor
     token_ids: Tensor
@@ -31,17 +33,17 @@ class Inputs(NamedTuple):
 
 
 def chunks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of at most `CHUNK_ELEMENTS` / V rows, at least one."""
+    """Yield slices of at most `CHUNK_ELEMENTS` / V rows, but at least one row."""
     size = max(1, CHUNK_ELEMENTS // vocab)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
 def build_inputs(case: Case) -> Inputs:
-    """Tokens sampled from the softmax of `language_logits`, old_logp = logp - d with d of `log_ratios`.
+    """Make the inputs of a case: tokens sampled from the softmax of `language_logits`, and old_logp = logp - d by `log_ratios`.
 
-    Lengths are spread evenly over T (1 - 2 padded .. 1) in random order. Advantages have both signs, the last
-    trajectories have 0. The adaptive p is solved once, by the reference in float64.
+    Lengths are spread evenly from T (1 - 2 padded) to T, in random order. Advantages have both signs, and those of the last
+    trajectories are 0. An adaptive p is solved once, by the reference in float64.
     """
     B, T, V = case.batch, case.tokens, case.vocab
     generator = torch.Generator(case.device).manual_seed(case.seed)
@@ -65,7 +67,7 @@ def build_inputs(case: Case) -> Inputs:
 
 
 def trajectories(case: Case, random: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mask (B, T) and advantages (B,) of a case, as `build_inputs` says."""
+    """Return mask (B, T) and advantages (B,) of a case, as `build_inputs` describes them."""
     B, T = case.batch, case.tokens
     even = (torch.randperm(B, **random) + 0.5) / B
     lengths = T - (2 * case.padded * T * even).round().long()
@@ -77,9 +79,10 @@ def trajectories(case: Case, random: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def language_logits(rows: int, V: int, random: dict[str, Any]) -> Tensor:
-    """(rows, V) float32: 2 N(0, 1), and 16 random columns raised to compete with all others together: log V + 4 - 1.5 log k.
+    """Logits (rows, V) float32 that are spread like a language model's: entropies from near 0 to some nats.
 
-    The spread of a language model's: entropies from near 0 to some nats, the sampled token mostly a likely one.
+    They are 2 N(0, 1), with 16 random columns raised by log V + 4 - 1.5 log k to compete with all others together. The sampled
+    token is mostly one of these.
     """
     z = 2 * torch.randn(rows, V, **random)
     peaks = torch.randint(0, V, (rows, PEAKS), **random)
@@ -88,10 +91,10 @@ def language_logits(rows: int, V: int, random: dict[str, Any]) -> Tensor:
 
 
 def log_ratios(case: Case, mask: Tensor, advantages: Tensor, random: dict[str, Any], margin: float = MARGIN) -> Tensor:
-    """d (B, T) float64, noise of 0.1 with exactly the case's fraction clipped.
+    """Log-ratios d (B, T) float64: noise of 0.1, with exactly the case's fraction clipped.
 
-    No token lies within half of `margin` of a clip bound, where rounding would decide whether it is clipped. Where whole
-    trajectories are clipped (p = 0: by their mean, and the bounds are a few 1e-4), no mean lies within half of a bound.
+    No token lies within half of `margin` of a clip bound, where rounding would decide whether it is clipped. Where the preset clips
+    whole trajectories, by their mean (p = 0) at bounds of a few 1e-4, no mean lies within half of a bound of it.
     """
     config, sign = case.config, advantages.double().sign()
     low, high = config.clip_low, config.clip_high
@@ -110,7 +113,7 @@ def log_ratios(case: Case, mask: Tensor, advantages: Tensor, random: dict[str, A
 
 
 def _choose(candidates: Tensor, fraction: float, random: dict[str, Any]) -> Tensor:
-    """A random bool tensor that is true for exactly this fraction, rounded, of the candidates."""
+    """Return a random bool tensor that is true for exactly this fraction of the candidates, rounded."""
     score = torch.where(candidates, torch.rand(candidates.shape, **random), 2).flatten()
     chosen = torch.zeros_like(candidates).flatten()
     chosen[score.argsort()[: _count(fraction, int(candidates.sum()))]] = True
@@ -124,19 +127,9 @@ def _count(fraction: float, total: int) -> int:
 def flat_trajectory(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig, power: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's trajectory stage (dlogp, dentropy, stats) on padded (B, T) tensors."""
+    """Run the reference's trajectory stage on padded (B, T) tensors. Returns dlogp (B T,), dentropy and stats (S, B)."""
     B, T = logp.shape
-    return trajectory(
-        logp.flatten(),
-        old_logp.flatten(),
-        advantages,
-        mask.flatten(),
-        torch.arange(B + 1, device=logp.device) * T,
-        None,
-        None,
-        None,
-        power,
-        None,
-        None,
-        config.trajectory_options(has_power=power is not None, has_target_ess=False),
-    )
+    offsets = torch.arange(B + 1, device=logp.device) * T
+    batch = Batch(advantages, offsets, old_logp=old_logp.flatten(), mask=mask.flatten(), power=power)
+    options = config.trajectory_options(has_power=power is not None, has_target_ess=False)
+    return trajectory(logp.flatten(), None, batch, options)

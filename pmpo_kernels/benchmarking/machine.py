@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: versions, devices, the commit."""
+"""What a measured figure depends on besides the shape: versions, devices, the commit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _cpu_name() -> str:
 
 
 def installed(distribution: str) -> str:
-    """Version of a package, or that there is none."""
+    """Version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -33,7 +33,7 @@ def installed(distribution: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """This package, Python, the libraries that decide speed, and the system."""
+    """Versions of this package, of Python, of the libraries that decide the speed, and the operating system."""
     return {
         "pmpo_kernels": __version__,
         "python": platform.python_version(),
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, str]:
-    """CPU, threads of PyTorch, and each GPU with its memory and compute capability."""
+    """Names of the CPU and of each GPU with its memory and compute capability, and the number of PyTorch's threads."""
     found = {
         "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": f"{torch.get_num_threads()} (PyTorch)",
@@ -76,7 +76,7 @@ def commit() -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """What every file of results begins with: when, from which commit, with what, on what."""
+    """Return what every file of results begins with: date, commit, versions, devices."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),

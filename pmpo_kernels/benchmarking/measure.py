@@ -1,4 +1,4 @@
-"""Time of a variant: wall time on the CPU, events on a GPU, where the second-level cache is emptied before each region."""
+"""Times of a variant: wall time on a CPU; events on a GPU, whose second-level cache is emptied before each timed region."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from pmpo_kernels.benchmarking.allocator import page_faults
 from pmpo_kernels.benchmarking.inputs import Inputs
 
-FLUSH_FACTOR = 4  # sizes of the second-level cache that are read to empty it
+FLUSH_FACTOR = 4  # so many times the size of the second-level cache is read to empty it
 LEAD_CYCLES = 10_000_000  # about 5 ms in which the host queues the kernels of a region
 TIME_METHOD = {
     "cpu": "wall time; both is forward and backward of one run",
@@ -26,7 +26,7 @@ TIME_METHOD = {
 
 
 class Times(NamedTuple):
-    """Milliseconds of a forward, of the backward that follows it and of both, and the page faults of both."""
+    """Milliseconds of a forward, of the backward that follows it, and of both; and the number of page faults in both."""
 
     forward: float
     backward: float
@@ -35,23 +35,23 @@ class Times(NamedTuple):
 
 
 class Steps(ABC):
-    """Forward and backward of a function of (leaves..., inputs): which leaves, and how they are restored, is a subclass's."""
+    """Runs and times forward and backward of a function of (leaves..., inputs). A subclass has the leaves and restores them."""
 
     inputs: Any
     cuda: bool
 
     @abstractmethod
     def restore(self) -> tuple[Tensor, ...]:
-        """The leaves as at the start: the same cache state for every variant, and not timed."""
+        """Return the leaves as at the start. It is not timed, and leaves the caches in the same state for every variant."""
 
     def run(self, f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        """(loss, gradient of each leaf)."""
+        """Run forward and backward once. Returns the loss and the gradient of each leaf."""
         leaves = self.restore()
         loss = f(*leaves, self.inputs)
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     def time(self, f: Callable[..., Tensor]) -> Times:
-        """One forward and backward, timed apart, and on a GPU another, timed together."""
+        """Time one forward and one backward apart, and on a GPU another forward and backward together."""
         leaves = self.restore()
         mark, milliseconds = clock(self.cuda)
         faults = page_faults()
@@ -73,7 +73,7 @@ class Steps(ABC):
         return lap(lambda: torch.autograd.grad(f(*leaves, self.inputs), leaves), self.cuda)
 
     def host(self, f: Callable[..., Tensor]) -> float:
-        """Microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
+        """Return the microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
         leaves = self.restore()
         if self.cuda:
             torch.cuda.synchronize()
@@ -85,10 +85,8 @@ class Steps(ABC):
 
 
 class Bench(Steps):
-    """Inputs, and a working copy of the logits that is restored before each run (`inplace` writes over it).
-
-    With `one_more` the copy has T + 1 positions, the last one random, and the gradient is that of the first T.
-    """
+    """Runs with a working copy of the logits as the leaf, which is restored before each run, because `inplace` writes over it. With
+    `one_more` the copy has T + 1 positions, of which the last is random, and the gradient is that of the first T."""
 
     def __init__(self, inputs: Inputs, one_more: bool = False) -> None:
         self.inputs, self.cuda = inputs, inputs.logits.is_cuda
@@ -103,19 +101,19 @@ class Bench(Steps):
         return (self.logits,)
 
     def run(self, f: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """(loss, gradient of the logits (B, T, V))."""
+        """Run forward and backward once. Returns the loss and the gradient of the logits (B, T, V)."""
         loss, gradient = super().run(f)
         return loss, gradient[:, : self.inputs.logits.shape[1]]
 
     def floor(self) -> dict[str, float]:
-        """Milliseconds of one read of the logits and of one copy into memory that is there already."""
+        """Return the milliseconds of one read of the logits and of one copy of them into memory that is there already."""
         source, target = self.inputs.logits, self.logits.detach()
         words = source.flatten().view(torch.int32 if source.numel() % 2 == 0 else source.dtype)
         return {"read": lap(words.amax, self.cuda), "copy": lap(lambda: target.copy_(source), self.cuda)}
 
 
 def lap(f: Callable[[], object], cuda: bool) -> float:
-    """Milliseconds of one call, with the cache emptied before it."""
+    """Return the milliseconds of one call. On a GPU the cache is emptied before it."""
     mark, milliseconds = clock(cuda)
     mark()
     f()
@@ -130,14 +128,15 @@ def _scrap(device: int) -> Tensor:
 
 
 def settle(cuda: bool) -> None:
-    """Before a timed region of a GPU: the cache is emptied, and the stream gets a lead for the host to queue the region in."""
+    """Prepare a timed region on a GPU: empty the cache, and make the stream wait so that the host can queue the whole region."""
     if cuda:
-        _scrap(torch.cuda.current_device()).amax()  # a read: lines that a write leaves would go to memory in the region
+        _scrap(torch.cuda.current_device()).amax()  # a read, because written lines would go to memory in the region
         torch.cuda._sleep(LEAD_CYCLES)
 
 
 def clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
-    """(mark, intervals between the marks in ms). On a GPU events in the stream, read after the device is done."""
+    """Return two functions: one marks a moment, the other returns the milliseconds between the marks. On a GPU the marks are events
+    in the stream, which are read when the device is done."""
     if not cuda:
         at: list[float] = []
         return lambda: at.append(time.perf_counter()), lambda: [1e3 * (b - a) for a, b in pairwise(at)]
@@ -157,7 +156,7 @@ def clock(cuda: bool) -> tuple[Callable[[], None], Callable[[], list[float]]]:
 
 
 def rotating(names: list[str], repeats: int) -> Iterator[list[str]]:
-    """Every name once a round, the first one rotating: a slow moment of the machine hits them all."""
+    """Yield the names for each round, beginning with another one each time, so that a slow moment of the machine hits them all."""
     for r in range(repeats):
         shift = r % max(len(names), 1)
         yield names[shift:] + names[:shift]

@@ -1,4 +1,4 @@
-"""Peak memory of a variant beyond its inputs."""
+"""Peak memory of a variant beyond its inputs, and whether there is enough for a case."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pmpo_kernels.benchmarking.cases import Case
 from pmpo_kernels.benchmarking.inputs import build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, Steps
 from pmpo_kernels.benchmarking.variants import LossFunction, Variant
+from pmpo_kernels.memory import available_memory
 
 MEMORY_METHOD = {
     "cuda": "torch.cuda.max_memory_allocated during one forward and backward, less what was allocated before",
@@ -27,8 +28,20 @@ MEMORY_METHOD = {
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def memory_problem(*cases: Case) -> str | None:
+    """Why the largest of the cases cannot be measured, if it needs more memory than there is."""
+    largest = max(cases, key=lambda case: case.needed_bytes)
+    available = available_memory(largest.device)
+    if available is None or largest.needed_bytes <= available:
+        return None
+    return (
+        f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {largest.batch} x "
+        f"{largest.tokens} x {largest.vocab}, which needs about {largest.needed_bytes / 2**30:.1f} GiB"
+    )
+
+
 def peak_memory(case: Case, variant: Variant, bench: Bench, f: LossFunction) -> int | None:
-    """Bytes at the peak beyond the inputs, by `MEMORY_METHOD`; None where the system does not tell."""
+    """Return the bytes at the peak beyond the inputs, measured as `MEMORY_METHOD` says; None where the system does not tell."""
     return peak_allocated(bench, f) if bench.cuda else peak_resident(partial(_again, case, variant))
 
 
@@ -37,7 +50,7 @@ def _again(case: Case, variant: Variant) -> tuple[Steps, Callable[..., Tensor]]:
 
 
 def peak_allocated(bench: Steps, f: Callable[..., Tensor]) -> int:
-    """Of a GPU's allocator, in this process."""
+    """Return the peak of a GPU's allocator in this process, beyond what was allocated before, in bytes."""
     bench.run(f)
     bench.restore()
     torch.cuda.synchronize()
@@ -58,8 +71,8 @@ Make = Callable[[], tuple[Steps, Callable[..., Tensor]]]
 
 
 def peak_resident(make: Make, warmups: int = 2) -> int | None:
-    """Of a fresh process in which `make()`, which it must be able to unpickle, gives what to run; None where the system
-    does not tell."""
+    """Return the peak of the resident set of a fresh process, beyond what it was before, in bytes; None where the system does not
+    tell. `make()`, which the process must be able to unpickle, gives there what to run."""
     if not _CLEAR_REFS.exists():
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:

@@ -1,31 +1,56 @@
-"""A comparison as tables and as JSON."""
+"""`Report`: a comparison as tables and as JSON, and the progress bar of one that is under way."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from pmpo_kernels.benchmarking.allocator import Allocator
 from pmpo_kernels.benchmarking.cases import Case
-from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread
+from pmpo_kernels.benchmarking.comparison import WARMUP_ROUNDS, Comparison, Row, Spread, StageCalls, compare, steps
 from pmpo_kernels.benchmarking.machine import provenance
 from pmpo_kernels.benchmarking.measure import TIME_METHOD
 from pmpo_kernels.benchmarking.memory import MEMORY_METHOD
+from pmpo_kernels.benchmarking.variants import Variant
 
 P_NOTE = "p is given to the rows that are not fused (solved beforehand, not timed); the fused rows solve it"
 
 
 def wide_console() -> Console:
-    """As wide as the terminal or COLUMNS; 160 where output goes to a file, for which Rich would cut the tables at 80."""
+    """Make a console as wide as the terminal or COLUMNS. For a file it is 160 wide, because Rich would cut the tables at 80."""
     to_file = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=160 if to_file else None)
+
+
+def measure(
+    case: Case,
+    chosen: list[Variant],
+    repeats: int,
+    settings: list[Allocator],
+    console: Console,
+    memory: bool = True,
+    save: Callable[[Comparison], None] | None = None,
+    stages: StageCalls | None = None,
+) -> Comparison:
+    """Run `comparison.compare` with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, save is not None))
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
+
+        return compare(case, chosen, repeats, advance, settings, memory, save, stages)
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,7 @@ class Report:
 
     @property
     def zero_rows(self) -> float:
-        """Fraction of rows whose gradient is 0."""
+        """Fraction of the rows of the logits whose gradient is 0."""
         return 1 - self.comparison.gradient_rows / (self.case.batch * self.case.tokens)
 
     @property
@@ -56,7 +81,7 @@ class Report:
 
 
 def speed_table(report: Report) -> Table:
-    """A section an allocator setting, a line a variant; one with a problem shows the problem in place of times."""
+    """Make the table of times: a section for each allocator setting, a line for each variant with its times or its problem."""
     solved = f" {P_NOTE}." if report.case.config.power == "ess" else ""
     floor = ", ".join(f"one {what} of the logits {spread.median:.3g}" for what, spread in report.floor.items())
     caption = (
@@ -94,7 +119,7 @@ PARTS = ("target column", "other columns", "row sum")
 def accuracy_table(
     report: Report, parts: tuple[str, ...] = PARTS, what: str = "of the gradient in three parts"
 ) -> Table:
-    """Errors, red where they exceed their bounds, and peak memory; `parts` are the names of `Row.parts`."""
+    """Make the table of errors, red where they exceed their bounds, and of peak memory. `parts` are the names of `Row.parts`."""
     size = report.case.logits_bytes / 2**20
     caption = (
         f"Largest relative errors against float64, {what}. "
@@ -113,7 +138,7 @@ def accuracy_table(
 
 
 def ms(spread: Spread) -> str:
-    """Median and quartiles, three digits; more in front of the point."""
+    """Write median and quartiles with three digits, or more in front of the point."""
     median, q1, q3 = (f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in (spread.median, spread.q1, spread.q3))
     return f"{median} ({q1}-{q3})"
 
@@ -125,7 +150,7 @@ def _error(value: float | None, bound: float | None) -> Text:
 
 
 def content(report: Report) -> dict[str, Any]:
-    """All figures with what they depend on, as JSON can hold them."""
+    """Return all figures and what they depend on, as JSON can hold them."""
     rows: list[dict[str, Any]] = []
     for row in report.rows:
         timings = {
@@ -153,9 +178,20 @@ def content(report: Report) -> dict[str, Any]:
     }
 
 
+def files_problem(paths: list[Path], overwrite: bool) -> str | None:
+    """Why results cannot be written there: some are there already."""
+    existing = [str(path) for path in paths if path.exists()]
+    if overwrite or not existing:
+        return None
+    return (
+        f"expected a folder without results, got one with {' and '.join(existing)}; "
+        "name another folder, or give --overwrite to replace them"
+    )
+
+
 def write_json(found: dict[str, Any], path: Path) -> None:
-    """As a file, which a kill leaves as it was or as it becomes. JSON has no infinity: an error that is not finite becomes
-    null beside its problem."""
+    """Write a file of JSON, in one step: if the process is killed, the file is the old one or the new one. JSON has no infinity, so
+    an error that is not finite becomes null; its row tells the problem."""
     text = json.dumps(found, indent=2, ensure_ascii=False, default=str).replace(": Infinity", ": null")
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n", encoding="utf-8")

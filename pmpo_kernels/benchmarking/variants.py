@@ -1,4 +1,4 @@
-"""The ways of computing the loss that are compared, each as a function of (logits, the other inputs)."""
+"""The ways of computing the loss that are compared, each as a function of logits and the other inputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pmpo_kernels.api import pmpo_loss
-from pmpo_kernels.baseline import eager_pmpo_loss
 from pmpo_kernels.benchmarking.inputs import Inputs
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import IMPLS, USABLE, available_impls, interpreted
+from pmpo_kernels.verification.baseline import eager_pmpo_loss
 
 INTERPRETED = "Triton's interpreter runs the kernels in Python: its times say nothing about their speed"
 FUSED = "fused"
@@ -23,10 +23,10 @@ LossFunction = Callable[[Tensor, Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of computing the loss: `build(config)` is its function of (logits, inputs).
+    """One way of computing the loss: `build(config)` returns its function of logits and inputs.
 
-    `impl` is the implementation of a fused variant. With `one_more` the logits have T + 1 positions. `untimed`: why it
-    is checked but not timed.
+    `impl` is the implementation of a fused variant. With `one_more` the logits have T + 1 positions. `untimed` is the reason why
+    the variant is checked but not timed, if there is one.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Variant:
 
 
 def build_eager(config: LossConfig) -> LossFunction:
-    """The baseline; it is given p."""
+    """Build the eager baseline. It is given p."""
     return lambda z, i: eager_pmpo_loss(z, i.token_ids, i.old_logp, i.advantages, i.mask, config, i.power)
 
 
 def build_compiled(config: LossConfig) -> LossFunction:
-    """The baseline under torch.compile with static shapes: the fastest code that the compiler has."""
+    """Build the baseline under torch.compile, with static shapes, which give the fastest code. It is given p."""
     f = torch.compile(eager_pmpo_loss, dynamic=False)
     return lambda z, i: f(z, i.token_ids, i.old_logp, i.advantages, i.mask, config, i.power)
 
 
 def build_fused(impl: str, inplace: bool, config: LossConfig) -> LossFunction:
-    """`pmpo_loss`; it solves p."""
+    """Build `pmpo_loss`. It solves p."""
 
     def fused(logits: Tensor, i: Inputs) -> Tensor:
         return pmpo_loss(
@@ -71,7 +71,7 @@ COMPILED = Variant("torch.compile", "compiled", build_compiled)
 
 
 def fused_variants(impl: str, untimed: str | None = None) -> list[Variant]:
-    """`pmpo_loss` by one implementation, out of place and in place."""
+    """Return `pmpo_loss` by one implementation, out of place and in place."""
     return [
         Variant(name, FUSED, partial(build_fused, impl, inplace), impl, untimed=untimed)
         for name, inplace in ((impl, False), (f"{impl}, in place", True))
@@ -79,10 +79,8 @@ def fused_variants(impl: str, untimed: str | None = None) -> list[Variant]:
 
 
 def variants(device: str, *, check_interpreted: bool = False) -> tuple[list[Variant], dict[str, str]]:
-    """The baselines and each implementation that can be timed on `device`; and for the others the reason why not.
-
-    With `check_interpreted` Triton under its interpreter is among them, not timed.
-    """
+    """Return the baselines and the implementations that can be timed on `device`, and for the others the reason why not. With
+    `check_interpreted` Triton under its interpreter is among them, to be checked but not timed."""
     chosen, skipped = [EAGER, COMPILED], {}
     status = available_impls()
     fused = "triton" if device == "cuda" else "cpp"

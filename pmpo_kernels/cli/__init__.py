@@ -1,1 +1,1 @@
-"""The command line: `pmpo-kernels info | verify | bench | demo`, one file a command."""
+"""The command line: `pmpo-kernels info | verify | bench`, one file a command."""

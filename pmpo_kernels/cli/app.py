@@ -1,10 +1,10 @@
-"""The Typer application; each command lives in the file of its name and imports what is heavy when it runs."""
+"""The Typer application. Each command lives in the file of its name, and imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
 import typer
 
-from pmpo_kernels.cli import bench, demo, info, verify
+from pmpo_kernels.cli import bench, info, verify
 
 app = typer.Typer(
     name="pmpo-kernels",
@@ -12,7 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for module in (info, verify, bench, demo):
+for module in (info, verify, bench):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pmpo_kernels.benchmarking.allocator import Allocator
-    from pmpo_kernels.benchmarking.comparison import Comparison
-    from pmpo_kernels.benchmarking.variants import Variant
-
 VOCABS = (151936, 49152)  # Qwen2.5, SmolLM2
-# (batch, tokens): minutes on two CPU cores; a batch that fills a GPU.
+# (batch, tokens): one takes minutes on two CPU cores, the other fills a GPU.
 DEFAULT_SHAPE = {"cpu": (2, 128), "cuda": (8, 1024)}
 
 
@@ -51,6 +42,9 @@ def command(
     """
     import torch
 
+    from pmpo_kernels.benchmarking.memory import memory_problem
+    from pmpo_kernels.benchmarking.report import files_problem
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T = DEFAULT_SHAPE[device]
     cases = [
@@ -58,11 +52,13 @@ def command(
         for V in dict.fromkeys(vocab or VOCABS)
         for kind in dict.fromkeys(dtype or Dtype)
     ]
-    check_files([path for case in cases for path in files(case, out).values()], overwrite)
-    check_memory(cases, "--batch, --tokens, --vocab")
+    if problem := files_problem([path for case in cases for path in files(case, out).values()], overwrite):
+        raise typer.BadParameter(problem, param_hint="--out")
+    if problem := memory_problem(*cases):
+        raise typer.BadParameter(problem, param_hint="--batch, --tokens, --vocab")
     wrong = []
     for case in cases:
-        # a fresh process each: memory that one case has kept would spare the next one its page faults
+        # each case in a fresh process, because memory kept by one would spare the next its page faults
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             wrong.append(fresh.submit(run, case, repeats, out, torch.get_num_threads()).result())
     if any(wrong):
@@ -70,66 +66,12 @@ def command(
 
 
 def files(case: Case, out: Path) -> dict[str, Path]:
-    """What a case writes, by kind."""
+    """Paths of the files that a case writes, by kind ("json", "png")."""
     return {kind: out / f"bench-{case.name}.{kind}" for kind in ("json", "png")}
 
 
-def check_files(paths: list[Path], overwrite: bool) -> None:
-    existing = [str(path) for path in paths if path.exists()]
-    if existing and not overwrite:
-        raise typer.BadParameter(
-            f"expected a folder without results, got one with {' and '.join(existing)}; "
-            "name another folder, or give --overwrite to replace them",
-            param_hint="--out",
-        )
-
-
-def check_memory(cases: list[Case], options: str) -> None:
-    from pmpo_kernels.memory import available_memory
-
-    largest = max(cases, key=lambda case: case.needed_bytes)
-    available = available_memory(largest.device)
-    if available is not None and largest.needed_bytes > available:
-        raise typer.BadParameter(
-            f"expected a shape that fits into the {available / 2**30:.1f} GiB available, got {largest.batch} x "
-            f"{largest.tokens} x {largest.vocab}, which needs about {largest.needed_bytes / 2**30:.1f} GiB",
-            param_hint=options,
-        )
-
-
-def memory_problem(case: Case) -> str | None:
-    """Why a case cannot be measured, if it needs more memory than there is."""
-    try:
-        check_memory([case], "")
-    except typer.BadParameter as error:
-        return error.message
-    return None
-
-
-def measure(
-    case: Case,
-    chosen: list[Variant],
-    repeats: int,
-    settings: list[Allocator],
-    console: Console,
-    memory: bool = True,
-    save: Callable[[Comparison], None] | None = None,
-) -> Comparison:
-    """`compare` with a progress bar."""
-    from pmpo_kernels.benchmarking.comparison import compare, steps
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(case.name, total=steps(chosen, repeats, settings, save is not None))
-
-        def advance(what: str) -> None:
-            progress.update(task, advance=1, description=f"{case.name}: {what}", refresh=True)
-
-        return compare(case, chosen, repeats, advance, settings, memory, save)
-
-
 def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
-    """One case: measure, print, write; whether a variant was wrong."""
+    """Measure one case, print its tables and write its files. Return whether a variant was wrong."""
     import torch
 
     from pmpo_kernels.benchmarking import report as reporting
@@ -142,7 +84,7 @@ def run(case: Case, repeats: int, out: Path, threads: int) -> bool:
     chosen, skipped = variants(case.device)
     for name, reason in skipped.items():
         console.print(f"not timed: {name} ({reason})")
-    comparison = measure(case, chosen, repeats, allocators(case.device), console)
+    comparison = reporting.measure(case, chosen, repeats, allocators(case.device), console)
     report = reporting.Report(case, repeats, comparison, skipped)
     console.print(reporting.speed_table(report))
     console.print(reporting.accuracy_table(report))

@@ -1,4 +1,4 @@
-"""What a loss is divided by when its batch is spread over ranks and micro-batches."""
+"""`denominator`: what the loss is divided by when a batch is spread over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmpo_kernels import checks
-from pmpo_kernels.aggregate import Aggregation, counts
+from pmpo_kernels.aggregate import default_denominator
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, find_ranks, mark, size
 
@@ -17,18 +17,19 @@ from pmpo_kernels.distributed.ranks import ALONE, Ranks, agreement, all_reduce, 
 def denominator(
     lengths: Tensor | Sequence[Tensor], config: LossConfig, *, mesh: DeviceMesh | None = None, averaged: bool = False
 ) -> Tensor:
-    """The whole step's count for the loss's `denominator`, the same on every rank: gradients then add up to those of one big batch.
+    """Return the whole step's count for the loss's `denominator`; gradients then add up to those of one big batch.
 
     Args:
         lengths: (B,) integers, the response tokens of each trajectory on this rank, such as `mask.sum(1)` or
-            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, of this
-            rank's part.
+            `cu_seqlens.diff()`; or one such tensor for each micro-batch. B may be 0. Where "cp" splits trajectories, the
+            tokens of this rank's part alone.
         config: the loss's; its `loss_agg_mode` says what is counted.
         mesh: the loss's; None for micro-batches alone.
         averaged: the gradients of the ranks of "dp" and "cp" are averaged later, as DDP and FSDP do it, not added up.
 
     Returns:
-        0-d float64 on the device of `lengths`, at least 1 before it is divided by the number of averaged ranks.
+        0-d float64 on the device of `lengths`, the same on every rank; at least 1 before it is divided by the number of
+        averaged ranks.
 
     Raises:
         TypeError, ValueError: a wrong argument; RuntimeError on the other ranks then.
@@ -54,7 +55,7 @@ def denominator(
     tokens = torch.cat(parts).double()
     if ranks.sequence is not None:
         all_reduce(tokens, ranks.sequence, "the sum of the trajectories' lengths")
-    D = reduced(tokens, Aggregation.of(config), ranks)
+    D = default_denominator(tokens, config.aggregate_options(), lambda count: sum_over_data(count, ranks))
     return D / (size(ranks.sequence) * data_size(ranks)) if averaged else D
 
 
@@ -65,9 +66,8 @@ def data_size(ranks: Ranks) -> int:
     return n
 
 
-def reduced(tokens: Tensor, options: Aggregation, ranks: Ranks) -> Tensor:
-    """`aggregate.default_denominator` of the trajectories of all ranks that share the batch, from this one's tokens (B,)."""
-    count = counts(tokens, options).sum()
+def sum_over_data(count: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of a count () over the ranks that have other trajectories of the batch, in place."""
     for group in ranks.data:
         all_reduce(count, group, "the sum of the batch's counts")
-    return count.clamp(min=1)
+    return count

@@ -1,4 +1,7 @@
-"""Who splits what, and that all ranks agree before the first of them waits for another."""
+"""The ranks that share a call: their groups, the collectives, and the check that they all pass the same arguments.
+
+The check comes before any other collective, so that a wrong call raises on all ranks instead of leaving some to wait.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ _HOST_GROUPS: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary(
 
 
 class Ranks(NamedTuple):
-    """The groups of this rank: those that share its tokens, its trajectories, and the batch; None or empty where none do."""
+    """The groups that this rank is in, None or empty where it is in none. The ranks of `vocabulary` share their tokens, those of
+    `sequence` their trajectories, those of `data` groups the batch."""
 
     vocabulary: ProcessGroup | None = None
     sequence: ProcessGroup | None = None
@@ -40,10 +44,10 @@ ALONE = Ranks()
 
 
 def find_ranks(group: ProcessGroup | None, mesh: DeviceMesh | None, sequence_split: Split) -> Ranks:
-    """From the arguments of a call; what these themselves have wrong, the other ranks do not hear of.
+    """Return the groups that the arguments of a call name. An error here is not told to the other ranks, which are not known yet.
 
     Raises:
-        TypeError, ValueError: both or wrong ones are given; a dimension of the mesh without a meaning.
+        TypeError, ValueError: group and mesh are both given, or a wrong one; a dimension of the mesh without a meaning.
     """
     if group is not None and mesh is not None:
         raise ValueError("mesh: expected None when group is given, got both")
@@ -71,7 +75,7 @@ def size(group: ProcessGroup | None) -> int:
 
 @contextlib.contextmanager
 def taking_part(what: str, group: ProcessGroup) -> Iterator[None]:
-    """A collective; a rank that is gone or late is named for what it is."""
+    """Run a collective as the block; where it fails, raise an error that says that another rank has ended or is late."""
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
@@ -83,7 +87,7 @@ def taking_part(what: str, group: ProcessGroup) -> Iterator[None]:
 
 
 def all_gather(x: Tensor, group: ProcessGroup, what: str) -> Tensor:
-    """(R, *x.shape) of all ranks, in their order."""
+    """Return x of all R ranks in their order, (R, *x.shape). `what` names the collective in an error."""
     out = x.new_empty(size(group), *x.shape)
     with taking_part(what, group):
         dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
@@ -91,14 +95,14 @@ def all_gather(x: Tensor, group: ProcessGroup, what: str) -> Tensor:
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, what: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """In place."""
+    """Reduce x in place over the ranks and return it."""
     with taking_part(what, group):
         dist.all_reduce(x, op=op, group=group)
     return x
 
 
 def host_group(group: ProcessGroup) -> ProcessGroup:
-    """The same ranks on the hosts' network, with the same timeout: what they exchange there waits for no GPU."""
+    """Return a gloo group of the same ranks with the same timeout. What they exchange there waits for no GPU."""
     if "gloo" in dist.get_backend(group):
         return group
     if group not in _HOST_GROUPS:
@@ -109,7 +113,7 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
 
 
 def timeout_of(group: ProcessGroup) -> timedelta | None:
-    """Of its collectives; None, PyTorch's default, where it does not tell."""
+    """Timeout of a group's collectives, or None (PyTorch's default) where the group does not tell."""
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
         if options is not None:
@@ -118,7 +122,8 @@ def timeout_of(group: ProcessGroup) -> timedelta | None:
 
 
 def fingerprint(*tensors: Tensor | None, mask: Tensor | None = None) -> int:
-    """Of their values, where values are checked and, of tensors like the mask, it is true; else 0."""
+    """A checksum of the tensors' values, by which ranks compare them; 0 where values are not checked (`checks_values`). Where a
+    tensor has as many elements as the mask, those outside it do not count."""
     crc = 0
     for x in tensors:
         if x is not None and checks.checks_values(x):
@@ -131,26 +136,26 @@ def fingerprint(*tensors: Tensor | None, mask: Tensor | None = None) -> int:
 
 
 def mark(*settings: object) -> int:
-    """A number of plain values: equal for equal ones."""
+    """A checksum of plain values, by which ranks compare them."""
     return zlib.crc32(repr(settings).encode())
 
 
 @dataclass
 class Agreement:
-    """What a rank says of itself, numbers by name, and after the exchange what all ranks of each group said, in their order."""
+    """What this rank tells the others about its call, as numbers by name, and what it learns from them in the exchange."""
 
     same_tokens: dict[str, int] = field(default_factory=dict)  # equal on the ranks that split a vocabulary
     same_trajectories: dict[str, int] = field(default_factory=dict)  # equal on those that split trajectories
     same_batch: dict[str, int] = field(default_factory=dict)  # equal on those that split the batch
-    V: int = 0  # of this rank's part of the vocabulary
-    N: int = 0  # of its part of the tokens, masked ones too
-    vocabularies: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    V: int = 0  # columns of this rank's part of the vocabulary
+    N: int = 0  # tokens of this rank's part, masked ones too
+    vocabularies: list[int] = field(default_factory=list)  # V of all ranks of `vocabulary`, once exchanged
+    tokens: list[int] = field(default_factory=list)  # N of all ranks of `sequence`, once exchanged
 
 
 @contextlib.contextmanager
 def agreement(ranks: Ranks) -> Iterator[Agreement]:
-    """The checks of a call: an error on one rank is raised on all of them, at the end of the block, instead of a hang later.
+    """Run the checks of a call as the block. An error on one rank is raised on all of them at its end, instead of a hang later.
 
     Raises:
         RuntimeError: another rank's check failed, with its number and message; or ranks that must hold the same hold different
@@ -190,7 +195,8 @@ def agreement(ranks: Ranks) -> Iterator[Agreement]:
 
 
 def exchange(numbers: Sequence[int], message: str, group: ProcessGroup) -> tuple[list[list[int]], list[str]]:
-    """Numbers and messages of all ranks. Ranks with a message may have fewer numbers; theirs count as 0."""
+    """Return numbers and message of every rank of the group, in their order. A rank with a message, whose checks failed, may pass
+    fewer numbers; the missing ones are 0."""
     text = message.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
     room = [*numbers, *[0] * (16 - len(numbers))]
     words = struct.unpack(f"<{MESSAGE_BYTES // 8}q", text)

@@ -1,9 +1,9 @@
-"""A call that several ranks share: what one device does before and after its kernels, done together."""
+"""`Shared`: what a call does before and after its kernels, where several ranks share it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pmpo_kernels.aggregate import Aggregation
-from pmpo_kernels.autograd import TrajectoryInputs
+from pmpo_kernels.batch import Batch, Call
 from pmpo_kernels.checks import check_choice, check_token_ids, checks_values
-from pmpo_kernels.distributed.denominator import reduced
+from pmpo_kernels.distributed.denominator import sum_over_data
 from pmpo_kernels.distributed.ranks import (
     Agreement,
     Ranks,
@@ -34,7 +33,7 @@ GIVEN = ("old_logp", "mask", "ref_logp", "rollout_weights", "power", "target_ess
 
 
 def local_part(name: str, x: DTensor, dim: int) -> tuple[Tensor, ProcessGroup | None]:
-    """This rank's part of a DTensor that is whole, or sharded along `dim` over one dimension of its mesh, and that one's group."""
+    """Return this rank's part of a DTensor and the group that it is sharded over along `dim`, None for a DTensor that is whole."""
     dim %= x.dim()
     sharded = [i for i, placement in enumerate(x.placements) if placement == Shard(dim)]
     if len(sharded) > 1 or not all(p == Replicate() for i, p in enumerate(x.placements) if i not in sharded):
@@ -46,7 +45,7 @@ def local_part(name: str, x: DTensor, dim: int) -> tuple[Tensor, ProcessGroup | 
 
 
 class Shared(Sharing):
-    """By `ranks`."""
+    """`Sharing` by the groups of `ranks`."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -54,7 +53,8 @@ class Shared(Sharing):
 
     @classmethod
     def find(cls, group: Any, mesh: Any, split: Any, tensors: dict[str, tuple[Any, int]]) -> tuple[Shared, list[Any]]:
-        """From the arguments of a call, and this rank's part of `tensors`, by name with their dimension of the vocabulary."""
+        """Make one from the arguments of a call. Return it and this rank's part of each of `tensors`. `tensors` gives by name a
+        tensor, which may be a DTensor, and its dimension of the vocabulary."""
         ranks = find_ranks(group, mesh, split)
         parts = []
         for name, (x, dim) in tensors.items():
@@ -75,7 +75,7 @@ class Shared(Sharing):
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """See `ranks.agreement`; after the first, the parts of the vocabulary are known."""
+        """Do what `ranks.agreement` does, and learn in the first exchange how the vocabulary is split."""
         with agreement(self.ranks) as self.agreed:
             yield
         if self.ranks.vocabulary is not None and self.parts is None:
@@ -85,8 +85,7 @@ class Shared(Sharing):
         self,
         vocabulary: int,
         tokens: Tensor,
-        inputs: TrajectoryInputs,
-        denominator: Tensor | None,
+        call: Call,
         everywhere: tuple[object, ...],
         of_tokens: tuple[object, ...] = (),
     ) -> None:
@@ -95,13 +94,13 @@ class Shared(Sharing):
             raise ValueError(
                 f'sequence_split: expected "contiguous" without a dimension "cp" of the mesh, got {self.ranks.split!r}'
             )
-        i = inputs
+        i, denominator = call.batch, call.denominator
         given = tuple(name for name in GIVEN if getattr(i, name) is not None)
         whether = {"denominator, given or not": int(denominator is not None)}
         alike = {
             **whether,
             "number of trajectories": i.cu_seqlens.numel() - 1,
-            "options": mark(*i.options, *everywhere),
+            "options": mark(*call.trajectory_options, *everywhere),
             "optional arguments": mark(*given),
             "advantages, power, target_ess or denominator": fingerprint(
                 i.advantages, i.power, i.target_ess, denominator
@@ -121,7 +120,7 @@ class Shared(Sharing):
             "number of tokens": tokens.numel(),
             "mask": fingerprint(i.mask),
             "token_ids or another tensor of the tokens": fingerprint(*of_token, mask=i.mask),
-            "gradients that are wanted, impl or dtype": mark(*of_tokens, i.impl),
+            "gradients that are wanted, impl or dtype": mark(*of_tokens, call.impl),
         }
 
     def check_token_ids(self, token_ids: Tensor, mask: Tensor | None) -> None:
@@ -130,10 +129,10 @@ class Shared(Sharing):
                 mask = None if mask is None else mask.view(token_ids.shape)
                 check_token_ids(token_ids, mask, self.whole_vocabulary(self.agreed.V))
 
-    def gather(self, logp: Tensor, entropy: Tensor | None, inputs: TrajectoryInputs) -> Whole:
+    def gather(self, logp: Tensor, entropy: Tensor | None, batch: Batch) -> Whole:
         if self.ranks.sequence is None:
-            return Whole(logp, entropy, inputs, None)
-        return gather_tokens(logp, entropy, inputs, self.ranks.sequence, self.ranks.split, self.agreed.tokens)
+            return Whole(logp, entropy, batch, None)
+        return gather_tokens(logp, entropy, batch, self.ranks.sequence, self.ranks.split, self.agreed.tokens)
 
     @property
     def splits_trajectories(self) -> bool:  # type: ignore[override]
@@ -144,10 +143,12 @@ class Shared(Sharing):
             return tokens
         return all_reduce(tokens.clone(), self.ranks.sequence, "the sum of the trajectories' lengths")
 
-    def denominator(self, given: Tensor | None, tokens: Callable[[], Tensor], options: Aggregation) -> Tensor | None:
-        if given is not None or not self.ranks.data:
-            return given
-        return reduced(tokens(), options, self.ranks)
+    @property
+    def sums_over_data(self) -> bool:  # type: ignore[override]
+        return bool(self.ranks.data)
+
+    def sum_over_data(self, count: Tensor) -> Tensor:
+        return sum_over_data(count, self.ranks)
 
     def smallest(self, number: int) -> int:
         if self.ranks.vocabulary is None:

@@ -1,11 +1,11 @@
-"""Log-probs and entropies of logits whose vocabulary is split over ranks: a read of the own part, and a few numbers a row.
+"""Log-probs and entropies of logits whose vocabulary is split over ranks. Each rank reads its own part and sends 4 numbers a row.
 
-With m_r, s_r, H_r the maximum, sum and entropy of rank r's part, w_r = s_r exp((m_r - M)/T) / S its share of the probability, and
-M, S the maximum and sum of all parts,
+Let m_r, s_r, H_r be the maximum, sum and entropy of rank r's part, M and S the maximum and sum of the whole, and
+w_r = s_r exp((m_r - M)/T) / S the part's share of the probability. Then, by the chain rule of the entropy,
 
-    logp = logp_r + log w_r  on the rank of the target,    H = sum_r w_r (H_r - log w_r),
+    logp = logp_r + log w_r  with r the rank of the target,    H = sum_r w_r (H_r - log w_r),
 
-the chain rule of the entropy, in which nothing large cancels. The gradient of a part needs M, S and H alone.
+in which nothing large cancels. The gradient of a part needs M, S and H alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from pmpo_kernels.contract import ELSEWHERE
 from pmpo_kernels.distributed.ranks import all_gather
-from pmpo_kernels.reference import ELSEWHERE
 
 
 class Vocabulary(NamedTuple):
-    """The parts of a vocabulary, in the order of the ranks."""
+    """A vocabulary in parts: the group of ranks that hold them, and their sizes in the order of the ranks."""
 
     group: ProcessGroup
     sizes: list[int]
@@ -33,7 +33,8 @@ class Vocabulary(NamedTuple):
         return [0, *accumulate(self.sizes)]
 
     def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids in this rank's part, for the stage `token_logp` (any id where the target is elsewhere) and for `dlogits`."""
+        """Return token_ids counted from this rank's part: for `token_logp`, with any id where the target is on another rank, and
+        for `dlogits`, with `ELSEWHERE` there."""
         rank = dist.get_rank(self.group)
         ids = token_ids.long() - self.starts[rank]
         here = (ids >= 0) & (ids < self.sizes[rank])
@@ -42,7 +43,8 @@ class Vocabulary(NamedTuple):
     def combine(
         self, token_ids: Tensor, mask: Tensor | None, temperature: float, found: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The results of the stage of all parts from those of this one: the same bits on every rank."""
+        """Make logp, row_max, row_sum and entropy of the whole vocabulary from those of this part, `found`, (B, T) each. Every rank
+        gets the same bits."""
         logp, row_max, row_sum, entropy = all_gather(
             torch.stack(found), self.group, "the sum over the vocabulary"
         ).unbind(1)

@@ -1,1 +1,1 @@
-"""The loss inside trainers; each module imports its trainer and nothing else does."""
+"""The loss inside trainers. Each module imports its trainer, and the rest of the package imports none of these modules."""

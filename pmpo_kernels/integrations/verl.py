@@ -22,7 +22,7 @@ from pmpo_kernels.api import pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import IMPLS
 
-# Fields of LossConfig that verl has a field of its own for, or does outside the loss: not ours to set.
+# Fields of LossConfig that cannot be set here, because verl has a field of its own for them or does it outside the loss.
 VERL_DECIDES = {
     "loss_agg_mode": "actor.loss_agg_mode",
     "max_length": "actor.loss_scale_factor",
@@ -34,11 +34,11 @@ VERL_DECIDES = {
     "temperature": "rollout.temperature",
 }
 OPTIONS = [*sorted({f.name for f in fields(LossConfig)} - set(VERL_DECIDES)), "impl"]
-# verl's fields that other policy losses read: a value that this one would not obey raises.
+# Fields that verl's own policy losses read. A value that the losses here would not obey raises.
 UNREAD_ACTOR = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 UNREAD_POLICY = ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef", "dro_beta")
 METRICS = ("power_mean", "power_min", "power_max", "ess", "ess_target", "ratio_mean", "ratio_max")
-# verl's mode -> ours; whether D counts tokens.
+# verl's mode: the mode of LossConfig, and whether D counts tokens (else trajectories).
 MODES = {
     "token-mean": ("token-mean", True),
     "token-sum": ("token-mean", True),
@@ -47,7 +47,7 @@ MODES = {
     "seq-mean-token-sum-norm": ("seq-mean-token-sum-norm", False),
 }
 
-_losses: dict[str, Callable[..., LossConfig]] = {}  # name in verl -> its LossConfig with these options
+_losses: dict[str, Callable[..., LossConfig]] = {}  # by its name in verl: makes the loss's LossConfig from options
 
 
 @dataclass
@@ -108,9 +108,9 @@ def power_mean_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss registered as `name`, called as verl calls its policy losses.
+    """Compute the loss registered as `name`, called as verl calls its policy losses.
 
-    -sum_i w_i A_i M_p, of which w_i follows verl's `agg_loss`: with n_i response tokens and dp_size R, w_i is::
+    The loss is -sum_i w_i A_i M_p. The weights w_i follow verl's `agg_loss`: with n_i response tokens and dp_size R they are::
 
         "token-mean"               n_i R / batch_num_tokens
         "token-sum"                n_i R
@@ -118,8 +118,8 @@ def power_mean_policy_loss(
         "seq-mean-token-sum"       n_i R / global_batch_size
         "seq-mean-token-sum-norm"  n_i R / (global_batch_size loss_scale_factor)
 
-    so that micro-batches add up, and ranks average, to the loss and gradient of the whole batch. Where verl gives no count, it
-    is that of the arguments (trajectories with tokens, as in `agg_loss`). A fully masked row has loss and gradient 0.
+    so that micro-batches add up, and ranks average, to the loss and gradient of the whole batch. A count that verl does not give
+    is taken from the arguments (of trajectories: those with tokens, as in `agg_loss`). A fully masked row has loss and gradient 0.
 
     Args:
         old_log_prob, log_prob: (B, T), floating point; `log_prob` carries the gradient.
@@ -185,14 +185,14 @@ def power_mean_policy_loss(
 
 
 def _per_trajectory(advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The advantage (B,) of each row's first response token, 0 without one, and where (B, T) a response token differs."""
+    """Return the advantage (B,) of each row's first response token, 0 without one, and which of its tokens (B, T) differ."""
     first = mask.int().argmax(1, keepdim=True)
     A = torch.where(mask.any(1), advantages.gather(1, first).squeeze(1), 0)
     return A, mask & (advantages != A[:, None])
 
 
 def _denominator(mode: str, mask: Tensor, config: Any) -> Tensor | float:
-    """D of the whole batch as `agg_loss` counts it, over dp_size, because ranks average; 0-d, positive."""
+    """Return D, 0-d and positive: the count of the whole batch as `agg_loss` has it, over dp_size, because ranks average."""
     info = config.get("global_batch_info", None) or {}
     dp_size = info.get("dp_size", 1)
     checks.check_count("global_batch_info.dp_size", dp_size)
@@ -204,7 +204,7 @@ def _denominator(mode: str, mask: Tensor, config: Any) -> Tensor | float:
         if dp_size > 1:
             raise ValueError(f"global_batch_info.{key}: expected a count because dp_size is {dp_size}, got None")
         count = (mask if MODES[mode][1] else mask.any(1)).sum()
-    # of a batch without tokens any D gives 0
+    # without tokens the loss is 0 whatever D is
     count = count.double().clamp(min=1) if isinstance(count, Tensor) else max(float(count), 1.0)
     if mode == "seq-mean-token-sum-norm":
         scale = info.get("loss_scale_factor", config.get("loss_scale_factor", None))
@@ -220,7 +220,7 @@ def _denominator(mode: str, mask: Tensor, config: Any) -> Tensor | float:
 
 
 def _resolve(name: str, policy: Any) -> tuple[LossConfig, str | None]:
-    """The LossConfig of the loss `name` with the options of verl's `policy_loss` section, and `impl`."""
+    """Return the LossConfig of the loss `name` with the options of verl's `policy_loss` section, and the option `impl`."""
     options = policy.get("options", None) or {}
     _expect("policy_loss.options", isinstance(options, Mapping), "a mapping", options)
     for option, value in options.items():
@@ -246,12 +246,12 @@ def _resolve(name: str, policy: Any) -> tuple[LossConfig, str | None]:
 
 @lru_cache(maxsize=64)
 def _with_mode(config: LossConfig, mode: Any) -> LossConfig:
-    """Lengths enter as n_i, not n_i / max_length: `_denominator` holds the scale."""
+    """Return the configuration with this mode. max_length is 1, because `_denominator` holds verl's scale."""
     return replace(config, loss_agg_mode=mode, max_length=1 if mode == "seq-mean-token-sum-norm" else None)
 
 
 def _check_unread(config: Any, policy: Any, loss: LossConfig) -> None:
-    """verl's fields for other losses have verl's default, or ask for what this loss does anyway."""
+    """Raise unless verl's fields for other losses have verl's default or ask for what this loss does anyway."""
     low, high = (loss.clip_low, -math.expm1(-loss.clip_low)), (loss.clip_high, math.expm1(loss.clip_high))
     same = {"clip_ratio": (*low, *high), "clip_ratio_low": low, "clip_ratio_high": high} if loss.clip != "none" else {}
     if loss.dual_clip is not None:

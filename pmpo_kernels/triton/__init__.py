@@ -1,5 +1,4 @@
-"""Triton kernels of the stages and of the fused head's backward pass, one file each; the functions are named and called like those
-of `reference`."""
+"""Triton kernels of the stages and of the fused head's backward pass, named and called like the functions of `reference`."""
 
 from pmpo_kernels.triton.aggregate import aggregate
 from pmpo_kernels.triton.dlogits import dlogits

@@ -1,4 +1,4 @@
-"""Stage `aggregate`: from the statistics of trajectories to the loss and the metrics, one program, all in float64.
+"""Stage `aggregate`: one program makes loss and metrics of the trajectories' statistics, all in float64.
 
 The order and the names are those of `pmpo_kernels.aggregate`.
 """
@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.aggregate import METRICS, Aggregation
-from pmpo_kernels.config import STATS
+from pmpo_kernels.contract import METRICS, STATS, AggregateOptions
 from pmpo_kernels.triton.launch import OPTIONS, on_device, optional, optional_mask, scalar
 from pmpo_kernels.triton.tokens import given
 
@@ -24,13 +23,14 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _load(ROW: tl.constexpr, stats_ptr, offs, B):
-    """One of the statistics of a block of trajectories."""
+    """Load row ROW of the statistics (`STATS`) for a block of trajectories; 0 beyond B."""
     return tl.load(stats_ptr + ROW * B + offs, mask=offs < B, other=0.0)
 
 
 @triton.jit
 def _maximum(values, total, known):
-    """The largest of values that are -inf where not known, NaN if one is: then `total`, their sum or more's, is; 0 of none."""
+    """The largest of the values; those not known are -inf, and it is 0 if none is known. It is NaN if one of them is, which `total`
+    tells, a sum that they are in."""
     largest = tl.max(values, axis=0)
     return tl.where(known > 0, tl.where(total == total, largest, total), 0.0)
 
@@ -116,10 +116,10 @@ def aggregate(
     denominator: Tensor | None,
     largest: Tensor | None,
     skipped: Tensor | None,
-    options: Aggregation,
+    options: AggregateOptions,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `pmpo_kernels.aggregate.aggregate`."""
+    """Do what `pmpo_kernels.aggregate.aggregate` does."""
     B = stats.shape[1]
     stats = stats.contiguous()
     loss, metrics = (stats.new_empty(size, dtype=dtype) for size in ((), (len(METRICS),)))

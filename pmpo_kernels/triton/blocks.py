@@ -1,7 +1,7 @@
-"""Blocks of a trajectory's tokens: which block a program has, and the sums over blocks added to those of a trajectory.
+"""Trajectories in blocks of tokens: how a program finds its block, and how the sums over blocks become those of a trajectory.
 
-Lengths are on the device alone. Block j of trajectory i has slot `first_slot` + j, and a program for each slot finds its block
-by bisection in the offsets.
+The host does not know the lengths. So there is a program for each slot that a block may have: block j of trajectory i has slot
+`first_slot` + j, and the program of a slot finds i and j by bisection in the offsets.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What is left of a block, rows of (SUMS, slots): sums over its tokens, or the least, the largest.
+# Rows of the scratch (SUMS, slots): of each block the sum over its tokens, the least or the largest.
 SUMS = ("tokens", "counted", "zeros", "low", "high", "l", "l_min", "l_max", "ratio", "ratio_max", "approx_kl", "kl",
         "entropy")  # fmt: skip
 _INF = tl.constexpr(float("inf"))
-_PARTIALS = tl.constexpr(32)  # blocks added a step: one a lane, without a word between warps
+_PARTIALS = tl.constexpr(32)  # blocks added in a step: one by each lane of a warp, so that warps exchange nothing
 
 
 @triton.jit
 def bounds_of(i, cu_seqlens_ptr, N):
-    """(first token, token behind the last) of trajectory i, in [0, N] whatever the offsets are."""
+    """Return the first token of trajectory i and the one behind its last, in [0, N] whatever the offsets are."""
     start = tl.load(cu_seqlens_ptr + i).to(tl.int64)
     stop = tl.load(cu_seqlens_ptr + i + 1).to(tl.int64)
     return tl.minimum(tl.maximum(start, 0), N), tl.minimum(tl.maximum(stop, 0), N)
@@ -26,17 +26,18 @@ def bounds_of(i, cu_seqlens_ptr, N):
 
 @triton.jit
 def first_slot(i, start, BLOCK: tl.constexpr):
-    """The slot of the first block of a trajectory; rises strictly with i, and leaves room for the blocks of those before.
+    """Return the slot of the first block of trajectory i, whose tokens begin at `start`.
 
-    n tokens from `start` on are ceil(n / BLOCK) <= (start + n) // BLOCK - start // BLOCK + 1 blocks, so N // BLOCK + B slots
-    are enough.
+    It rises strictly with i and leaves room for the blocks of the trajectories before: n tokens from `start` on are
+    ceil(n / BLOCK) <= (start + n) // BLOCK - start // BLOCK + 1 blocks, so N // BLOCK + B slots are enough.
     """
     return start // BLOCK + i
 
 
 @triton.jit
 def block_of(slot, cu_seqlens_ptr, B, N, BLOCK: tl.constexpr):
-    """(trajectory, first token of the block, token behind the trajectory's last) of a slot; no token of a slot not in use."""
+    """Return a slot's trajectory, the first token of its block, and the token behind the trajectory's last. A slot that is not in
+    use has no tokens: its first token is the one behind the last."""
     i = slot * 0
     after = i + B
     while after - i > 1:
@@ -52,13 +53,15 @@ def block_of(slot, cu_seqlens_ptr, B, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _row(k, offs, blocks, slots, sums_ptr, other):
-    """Row k of `SUMS` of some blocks."""
+    """Load row k of `SUMS` for the blocks `offs`; `other` beyond the trajectory's last block."""
     return tl.load(sums_ptr + k * slots + offs, mask=offs < blocks, other=other)
 
 
 @triton.jit
 def add_weights(blocks, slots, sums_ptr):
-    """(tokens of the policy term, those of weight 0, clipped ones, sum, least and largest l) of one trajectory."""
+    """Add up what p depends on over the blocks of a trajectory.
+
+    Returns the tokens of the policy term, those of weight 0, the clipped ones; the sum, the least and the largest l."""
     counted = tl.zeros((_PARTIALS,), tl.float64)
     zeros = tl.zeros((_PARTIALS,), tl.float64)
     clipped = tl.zeros((_PARTIALS,), tl.float64)
@@ -81,7 +84,9 @@ def add_weights(blocks, slots, sums_ptr):
 
 @triton.jit
 def add_metrics(blocks, slots, sums_ptr):
-    """(tokens, clipped below, clipped above, KL, entropy, ratio, largest ratio, approx_kl) of one trajectory: not needed for p."""
+    """Add up what p does not depend on over the blocks of a trajectory.
+
+    Returns tokens, those clipped below and above, KL, entropy, ratio, largest ratio, approx_kl."""
     n = tl.zeros((_PARTIALS,), tl.float64)
     low = tl.zeros((_PARTIALS,), tl.float64)
     high = tl.zeros((_PARTIALS,), tl.float64)

@@ -1,8 +1,8 @@
 """Stage `dlogits`: the gradient of the logits in one read and one write; rows without a gradient are written, not read.
 
-A row is a body of whole 16-byte vectors, accessed 128 bits at a time, and at most one vector less an element before and
-after it: with V = 50,257 rows begin anywhere. A column's gradient depends on nothing but its logit and the row's numbers, so
-neither alignment nor the number of programs changes a bit.
+A row is a body of whole 16-byte vectors, accessed 128 bits at a time, and up to a vector less one element before it and after it,
+because rows may begin anywhere (V = 50,257). A column's gradient depends on nothing but its logit and the row's numbers, so neither
+alignment nor the number of programs changes a bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.reference import ELSEWHERE
+from pmpo_kernels.contract import ELSEWHERE
 from pmpo_kernels.triton.launch import OPTIONS, capability, launch_config, on_device, optional, optional_mask, scalar
 from pmpo_kernels.triton.token_logp import exponent
 
@@ -23,14 +23,15 @@ _ELSEWHERE = tl.constexpr(ELSEWHERE)
 
 @triton.jit
 def _gradient(z, cols, token_id, row_max, scale, constant, slope, target):
-    """exp(x) (constant + slope x log2(e)) of x = (z - row_max) / temperature, and `target` more at the token's column."""
+    """Gradient of columns `cols`: exp(x) (constant + slope x log2(e)) with x = (z - row_max) / temperature, plus `target` in the
+    token's column."""
     t = exponent(z.to(row_max.dtype), row_max, scale)
     return tl.fma(tl.exp2(t), tl.fma(slope, t, constant), tl.where(cols == token_id, target, 0.0))
 
 
 @triton.jit
 def _edge_columns(head, body, V: tl.constexpr, VECTOR: tl.constexpr):
-    """(columns, which of them exist) before and after a row's whole vectors."""
+    """Return the columns before and after a row's whole vectors, and which of them exist."""
     i = tl.arange(0, 2 * VECTOR)
     cols = tl.where(i < VECTOR, i, head + body + i - VECTOR)
     return cols, tl.where(i < VECTOR, i < head, cols < V)
@@ -117,8 +118,8 @@ def _dlogits_bwd_kernel(
 
 
 def _same_alignment(logits: Tensor, out: Tensor) -> tuple[int, int]:
-    """(elements of one 16-byte access, first element of `out` counted from such a boundary) if each row of `out` lies to
-    these boundaries as that of the logits does, else (1, 0)."""
+    """Return the elements of a 16-byte access and where, counted from such a boundary, the first element of `out` lies. That is
+    (1, 0) unless every row of `out` lies to the boundaries as the same row of the logits does."""
     size = out.element_size()
     wide = 16 // size
     first = [t.data_ptr() // size % wide for t in (logits, out)]
@@ -138,7 +139,7 @@ def dlogits(
     temperature: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.dlogits`; `out` may be the logits themselves."""
+    """Do what `reference.dlogits` does; `out` may be the logits themselves."""
     B, S, V = logits.shape
     out = torch.empty_like(logits) if out is None else out
     token_ids = token_ids.contiguous()

@@ -1,6 +1,6 @@
-"""Power means and p inside the kernel that chooses p: the moments of a trajectory's weights at one p, Newton's iteration for p.
+"""What the kernel that chooses p computes with: the moments of a trajectory's weights at one p, and Newton's iteration for p.
 
-The log weights l of a trajectory (float64, -inf where a token has no weight) are read from memory, from `start` to `stop`.
+Each pass reads the log weights l of the trajectory from memory, at tokens `start` to `stop` (float64, -inf for a weight of 0).
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from pmpo_kernels.config import ABSOLUTE, TARGET
-from pmpo_kernels.reference import MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE
+from pmpo_kernels.contract import ABSOLUTE, MAX_NEWTON_ITERATIONS, NEWTON_TOLERANCE, TARGET
 
 _ABSOLUTE = tl.constexpr(ABSOLUTE)
 _TARGET = tl.constexpr(TARGET)
@@ -31,7 +30,7 @@ def expm1(x, exp_x):
 
 @triton.jit
 def _expm1_series(x):
-    """exp(x) - 1 for |x| < 1 to a few ulp: sum_k x^k / k! as far as k = 18, the next term is below 1e-17 of it."""
+    """exp(x) - 1 for |x| < 1 to a few ulp: sum_k x^k / k! up to k = 18. The next term is below 1e-17 of it."""
     series = x * 0.0 + _INVERSE_FACTORIAL[18]
     for k in tl.static_range(17):
         series = series * x + _INVERSE_FACTORIAL[17 - k]
@@ -48,7 +47,7 @@ def _log1p(x):
 
 @triton.jit
 def centred(first, stop, mean, l_ptr, BLOCK: tl.constexpr):
-    """(l - mean or 0, which tokens have a weight above 0) of one block."""
+    """Return, for one block of tokens, l - mean where the weight is above 0, else 0, and whether it is above 0."""
     offs = first + tl.arange(0, BLOCK)
     l = tl.load(l_ptr + offs, mask=offs < stop, other=-_INF)
     alive = l != -_INF
@@ -57,10 +56,10 @@ def centred(first, stop, mean, l_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def moments(p, mean, x_min, x_max, has_zero, n, start, stop, l_ptr, BLOCK: tl.constexpr):
-    """(log mean of a^p centred, log(n / ESS), its slope in p) of one trajectory at one p."""
+    """Return the numbers of `reference.Moments` for one trajectory at p: log_mean, deficit and slope."""
     top = tl.maximum(p * x_min, p * x_max)
     small = (tl.maximum(top, -tl.minimum(p * x_min, p * x_max)) < 1) & (has_zero == 0)
-    w = tl.zeros((BLOCK,), tl.float64)  # sums of the weights; where they are near 1, of expm1(p x) = weight - 1
+    w = tl.zeros((BLOCK,), tl.float64)  # sums of the weights a^p, or if `small` of expm1(p x) = a^p - 1
     ww = tl.zeros((BLOCK,), tl.float64)
     wx = tl.zeros((BLOCK,), tl.float64)
     wwx = tl.zeros((BLOCK,), tl.float64)
@@ -100,7 +99,7 @@ def _solve_power(
     deficit, power_min, power_max, least, most, variance, mean, x_min, x_max, has_zero, n, start, stop, l_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p with log(n / ESS(p)) = deficit: Newton in u = p^2 inside the bracket; it is `least` and `most` at the ends."""
+    """Solve log(n / ESS(p)) = deficit for p as `reference.newton` does. The bracket's ends have the deficits `least` and `most`."""
     lo = power_min * power_min
     hi = power_max * power_max
     tolerance = tl.minimum(most, 1.0) * _TOLERANCE
@@ -134,7 +133,7 @@ def _solve_power(
 def choose_power(
     ess_rule, clipped, target_ess, mean, x_min, x_max, has_zero, n, alive, start, stop, l_ptr, BLOCK: tl.constexpr
 ):
-    """(p, log(n / ESS*)) of an adaptive rule, from the number of clipped tokens or the given target."""
+    """Return p and log(n / ESS*) by an adaptive rule, from the number of clipped tokens or the given target."""
     rule, power_min, power_max, full_clip_fraction, ess_sharpness, ess_floor = ess_rule
     variance = tl.zeros((BLOCK,), tl.float64)
     for first in range(start, stop, BLOCK):

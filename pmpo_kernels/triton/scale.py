@@ -1,4 +1,4 @@
-"""The gradient of the fused head times the incoming one: in place, in one read and one write; neither where that is 1."""
+"""`scale_`: multiply the gradient of the fused head by the incoming one, in place. A factor of 1 reads and writes nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pmpo_kernels.triton.launch import MULTIPROCESSORS, OPTIONS, capability, on_device
 
-BLOCK, NUM_WARPS = 4096, 8  # 32 bytes a thread and step of a 16-bit gradient, as in `dlogits`
-PROGRAMS = 8  # a multiprocessor: 2,048 threads
+BLOCK, NUM_WARPS = 4096, 8  # 16-bit gradients: 32 bytes a thread in each step, as in `dlogits`
+PROGRAMS = 8  # on a multiprocessor: 2,048 threads
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["factor_ptr"])
@@ -31,7 +31,7 @@ def _scale_bwd_kernel(gradient_ptr, factor_ptr, count: tl.int64, BLOCK: tl.const
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """As `reference.scale_`; `gradient` in one piece of memory."""
+    """Do what `reference.scale_` does. The gradient must be contiguous."""
     if not gradient.numel():
         return
     most = PROGRAMS * MULTIPROCESSORS.get(capability(gradient.device), 128)

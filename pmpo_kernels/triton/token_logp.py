@@ -1,8 +1,8 @@
 """Stage `token_logp`: log-prob, logsumexp and entropy of each row in one read of the logits.
 
-A row is taken in blocks. Each of a block's lanes (one a thread) has its own maximum m, sum s of exp(x) and sum u of
-exp(x) x log2(e), x = (z - m) / temperature; a row's lanes are merged block by block, then across. With few rows each block
-is a program of its own, and a second kernel merges them in the same order: same bits.
+A row is taken in blocks. Each lane of a block, one a thread, has its own maximum m, sum s of exp(x) and sum u of exp(x) x log2(e)
+with x = (z - m) / temperature. The lanes are merged with the same lanes of the next block, and at the end of the row with each
+other. With few rows each block is a program of its own, and a second kernel merges them in the same order: same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmpo_kernels.contract import compute_dtype
 from pmpo_kernels.triton.launch import (
     OPTIONS,
     capability,
@@ -29,24 +30,22 @@ _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def exponent(z, row_max, scale):
-    """x log2(e) of logits z: z - row_max first, so that the largest is exactly 0; `scale` is log2(e) / temperature.
-
-    Not below an exponent whose exp2 is 0, as is 0 times it: -inf would give NaN.
-    """
+    """Exponent of logits z for exp2, (z - row_max) `scale` with scale = log2(e) / temperature. That of the largest is exactly 0. It
+    is limited to one whose exp2 is 0 already, because 0 times -inf would give NaN."""
     lowest: tl.constexpr = -1100.0 if z.dtype == tl.float64 else -160.0
     return tl.maximum((z - row_max) * scale, lowest, propagate_nan=_NAN)
 
 
 @triton.jit
 def _no_lanes(LANES: tl.constexpr, dtype: tl.constexpr):
-    """(m, s, u) of no logits: m is the smallest finite number, so that m - m is 0 also where every logit is -inf."""
+    """Return m, s, u of no logits. m is the smallest finite number, so that m - m is 0 even where every logit is -inf."""
     smallest: tl.constexpr = -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
     return tl.full((LANES,), smallest, dtype), tl.zeros((LANES,), dtype), tl.zeros((LANES,), dtype)
 
 
 @triton.jit
 def _block_sums(z, scale, STEPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """(m, s, u) of one block by lanes. A lane has STEPS times VECTOR neighbours, which its thread has loaded itself."""
+    """Return m, s, u of one block, (LANES,) each. A lane has STEPS times VECTOR neighbours, which its thread loads itself."""
     z = tl.reshape(z, (STEPS, LANES, VECTOR))
     m = tl.maximum(tl.max(tl.max(z, axis=2), axis=0), _no_lanes(LANES, z.dtype)[0])
     t = exponent(z, m[None, :, None], scale)
@@ -56,7 +55,7 @@ def _block_sums(z, scale, STEPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.c
 
 @triton.jit
 def _merge(m, s, u, block_m, block_s, block_u, scale):
-    """Running lanes and those of one more block."""
+    """Merge the lanes m, s, u of the blocks so far with those of one more block."""
     m_new = tl.maximum(m, block_m)
     moved, block_moved = exponent(m, m_new, scale), exponent(block_m, m_new, scale)
     alpha, beta = tl.exp2(moved), tl.exp2(block_moved)
@@ -68,7 +67,7 @@ def _merge(m, s, u, block_m, block_s, block_u, scale):
 def _write_row(
     m, s, u, scale, row, logits_row_ptr, token_ids_ptr, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, V: tl.constexpr
 ):  # fmt: skip
-    """Merge the lanes and write the row's four results."""
+    """Merge a row's lanes with each other and write its logp, row_max, row_sum and entropy."""
     row_max = tl.max(m, axis=0)
     moved = exponent(m, row_max, scale)
     alpha = tl.exp2(moved)
@@ -95,7 +94,7 @@ def _write_masked_row(row, logp_ptr, row_max_ptr, row_sum_ptr, entropy_ptr):
 
 @triton.jit
 def _row_ptr(logits_ptr, row, T, stride_logits_b, stride_logits_t, VECTOR: tl.constexpr):
-    """Where a row begins: on a boundary of VECTOR elements, which the compiler cannot know from the strides."""
+    """Pointer to a row. It lies on a boundary of VECTOR elements, which the compiler cannot tell from the strides."""
     ACCESS: tl.constexpr = VECTOR * logits_ptr.dtype.element_ty.primitive_bitwidth // 8  # bytes
     return tl.multiple_of(logits_ptr + (row // T) * stride_logits_b + (row % T) * stride_logits_t, ACCESS)
 
@@ -161,7 +160,7 @@ def _token_logp_merge_kernel(
     T: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, has_mask: tl.int32, parts: tl.int32,
     temperature: tl.float64, V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of a row that were programs of their own, merged as one program would have merged them."""
+    """Merge the blocks of a row that were programs of their own, as one program would have merged them."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = logp_ptr.dtype.element_ty
     if tl.load(mask_ptr + row, mask=has_mask != 0, other=1) == 0:
@@ -183,12 +182,12 @@ def _token_logp_merge_kernel(
 def token_logp(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.token_logp`; masked rows are not read."""
+    """Do what `reference.token_logp` does. Masked rows are not read."""
     V = logits.shape[2]
     token_ids = token_ids.contiguous()
     rows = token_ids.numel()
     mask, has_mask = optional_mask(mask, token_ids)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logits.dtype)
     logp, row_max, row_sum, entropy = results = tuple(
         torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(4)
     )

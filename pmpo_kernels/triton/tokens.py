@@ -1,4 +1,4 @@
-"""What the kernels of the trajectory stage compute of each token, in float64."""
+"""What the kernels of the trajectory stage compute for each token: its log-ratio, the clip, the KL penalty, in float64."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def clip_log_ratio(d, advantage, low, high, dual, under):
 
 @triton.jit
 def given(valid, has):
-    """`valid` where an optional input is there. (The interpreter changes the type of a scalar bool that it broadcasts.)"""
+    """`valid` if an optional input is there, else false everywhere. (The interpreter changes the type of a scalar bool that it
+    broadcasts.)"""
     return valid.to(tl.int32) * has != 0
 
 
 @triton.jit
 def log_ratio(offs, stop, advantage, tokens, bounds):
-    """(log-ratio d, the same clipped, response token, token of the policy term, of these clipped below, clipped above) of one
-    block of tokens."""
+    """Return, for one block of tokens, the log-ratio d, d clipped, and four masks: response tokens, tokens of the policy term, and
+    those of the policy term that are clipped below or above."""
     logp_ptr, old_logp_ptr, mask_ptr, policy_mask_ptr, has_old_logp, has_mask, has_policy_mask = tokens
     low, high, dual, under = bounds
     valid = offs < stop
@@ -51,7 +52,7 @@ def reference_log_ratio(offs, valid, logp_ptr, ref_logp_ptr):
 
 @triton.jit
 def kl_penalty(r, d, estimator):
-    """Estimators k1, k2, k3 of the KL and their derivative in logp, perhaps that of another; with `weighted` times exp(d)."""
+    """Return each token's KL estimate and its derivative in logp, as `reference.kl_penalty` does."""
     order, slope_order, weighted = estimator
     e = expm1(r, tl.exp(r))
     value = tl.where(order == 1, -r, tl.where(order == 2, r * r / 2, e - r))

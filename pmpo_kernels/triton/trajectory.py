@@ -1,9 +1,9 @@
 """Stage `trajectory`: clip, statistics, p, loss and per-token gradient, in three kernels, all in float64.
 
-The order and the names are those of `reference`. A trajectory is cut into blocks of BLOCK_TOKENS tokens from its own start.
-`sums` and `gradient` take a block a program, `power` a trajectory a program: it adds the sums of the blocks in their order
-and chooses p, from the log weights l that `sums` has left where `gradient` writes. So a trajectory's bits depend on
-nothing that stands beside it.
+The order and the names are those of `reference`. A trajectory is cut into blocks of BLOCK_TOKENS tokens from its own start, so that
+its bits depend on nothing that stands beside it. The kernels `sums` and `gradient` take a block a program, `power` a trajectory a
+program. `power` adds the sums of the blocks in their order and chooses p; it reads the log weights l, which `sums` has left in the
+memory that `gradient` writes to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmpo_kernels.config import FIXED, STATS, TARGET, TrajectoryOptions
+from pmpo_kernels.batch import Batch
+from pmpo_kernels.contract import FIXED, STATS, TARGET, TrajectoryOptions
 from pmpo_kernels.triton.blocks import SUMS, add_metrics, add_weights, block_of, bounds_of, first_slot
 from pmpo_kernels.triton.launch import (
     BLOCK_THREADS,
@@ -32,10 +33,10 @@ from pmpo_kernels.triton.tokens import clip_log_ratio, given, kl_penalty, log_ra
 _FIXED = tl.constexpr(FIXED)
 _TARGET = tl.constexpr(TARGET)
 _INF = tl.constexpr(float("inf"))
-# Rows of the kernels' scratch: what the gradient needs of a trajectory.
+# Rows of the scratch (SCALES, B): what the gradient needs of each trajectory.
 SCALES = ("power", "mean", "log_scale", "policy_scale", "kl_scale", "entropy_scale")
 _SUMS, _SCALES = tl.constexpr(len(SUMS)), tl.constexpr(len(SCALES))
-# Slices of a batch are aligned or not, lengths are what they are, inputs are there or not: no variant of a kernel for each.
+# One compiled kernel serves every alignment, every length and every choice of optional inputs.
 _ANY = {
     "do_not_specialize_on_alignment": [
         "logp_ptr", "old_logp_ptr", "advantages_ptr", "mask_ptr", "cu_seqlens_ptr", "ref_logp_ptr", "rollout_weights_ptr",
@@ -58,7 +59,7 @@ def _trajectory_sums_kernel(
     token_low: tl.float64, token_high: tl.float64, token_dual: tl.float64, token_under: tl.float64,
     kl_order: tl.float64, kl_slope_order: tl.float64, kl_weighted: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens: l of each, -inf where it has no weight, and the sums over them."""
+    """For one block of tokens write l of each, -inf where its weight is 0, and the sums over them."""
     slot = tl.program_id(0).to(tl.int64)
     i, first, stop = block_of(slot, cu_seqlens_ptr, B, N, BLOCK)
     if first >= stop:
@@ -109,7 +110,7 @@ def _trajectory_power_kernel(
     beta: tl.float64, entropy_coef: tl.float64,
     BLOCK: tl.constexpr, STEP: tl.constexpr, NUM_STATS: tl.constexpr,
 ):  # fmt: skip
-    """One trajectory: its sums, p, loss and statistics, and the numbers that the gradient of its tokens needs."""
+    """For one trajectory add the sums of its blocks, choose p, and write its statistics and what the gradient needs (`SCALES`)."""
     i = tl.program_id(0).to(tl.int64)
     start, stop = bounds_of(i, cu_seqlens_ptr, N)
     blocks, slots = (stop - start + BLOCK - 1) // BLOCK, N // BLOCK + B
@@ -135,7 +136,7 @@ def _trajectory_power_kernel(
         )  # fmt: skip
     log_mean, deficit, _ = moments(p, mean, x_min, x_max, has_zero, k, start, stop, l_ptr, STEP)
 
-    # what p does not need comes after it, because registers are full before
+    # what p does not depend on comes after it, because registers are full before
     count, low, high, kl, entropy, ratio_sum, ratio_max, approx_kl = add_metrics(blocks, slots, sums_ptr)
     A = tl.load(advantages_ptr + i).to(tl.float64)
     n = tl.maximum(count, 1.0)
@@ -176,7 +177,7 @@ def _trajectory_gradient_kernel(
     token_low: tl.float64, token_high: tl.float64, token_dual: tl.float64, token_under: tl.float64,
     kl_order: tl.float64, kl_slope_order: tl.float64, kl_weighted: tl.float64, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens: -w A M_p W_t on unclipped ones, in place of l; the KL term's gradient, and that of the entropy."""
+    """For one block of tokens write dlogp over l: -w A M_p W_t where nothing is clipped, and the KL term's. Write dentropy."""
     i, first, stop = block_of(tl.program_id(0).to(tl.int64), cu_seqlens_ptr, B, N, BLOCK)
     if first >= stop:
         return
@@ -205,28 +206,17 @@ def _trajectory_gradient_kernel(
 
 
 def trajectory(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logp: Tensor | None,
-    rollout_weights: Tensor | None,
-    entropy: Tensor | None,
-    power: Tensor | None,
-    target_ess: Tensor | None,
-    policy_mask: Tensor | None,
-    options: TrajectoryOptions,
+    logp: Tensor, entropy: Tensor | None, batch: Batch, options: TrajectoryOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.trajectory`."""
-    B, N = advantages.numel(), logp.numel()
+    """Do what `reference.trajectory` does."""
+    B, N = batch.advantages.numel(), logp.numel()
     slots = N // BLOCK_TOKENS + B
-    logp, advantages, cu_seqlens = logp.contiguous(), advantages.contiguous(), cu_seqlens.contiguous()
-    old_logp, has_old_logp = optional_like(old_logp, logp)
-    mask, has_mask = optional_mask(mask, cu_seqlens)
-    policy_mask, has_policy_mask = optional_mask(policy_mask, cu_seqlens)
-    ref_logp, has_ref_logp = optional_like(ref_logp, logp)
-    rollout_weights, has_rollout_weights = optional_like(rollout_weights, logp)
+    logp, advantages, cu_seqlens = logp.contiguous(), batch.advantages.contiguous(), batch.cu_seqlens.contiguous()
+    old_logp, has_old_logp = optional_like(batch.old_logp, logp)
+    mask, has_mask = optional_mask(batch.mask, cu_seqlens)
+    policy_mask, has_policy_mask = optional_mask(batch.policy_mask, cu_seqlens)
+    ref_logp, has_ref_logp = optional_like(batch.ref_logp, logp)
+    rollout_weights, has_rollout_weights = optional_like(batch.rollout_weights, logp)
     entropy, has_entropy = optional_like(entropy, logp)
     has_dentropy = int(has_entropy and options.entropy_coef != 0)
     # zeros, because offsets that were not checked may leave tokens to no trajectory
@@ -234,8 +224,8 @@ def trajectory(
     dentropy = dlogp.new_zeros(N if has_dentropy else 0)
     stats = dlogp.new_empty(len(STATS), B)
     sums, scales = dlogp.new_empty(len(SUMS), slots), dlogp.new_empty(len(SCALES), B)
-    power, has_power = optional_like(power, stats)
-    target_ess, _ = optional_like(target_ess, stats)
+    power, has_power = optional_like(batch.power, stats)
+    target_ess, _ = optional_like(batch.target_ess, stats)
     if not B:
         return dlogp, dentropy, stats
     o = options

@@ -177,7 +177,7 @@ class PMPOConfig(GRPOConfig):
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
     def _unread(self, read: bool, names: Iterable[str], reader: str) -> None:
-        """What would be ignored raises."""
+        """Raise for each of the options `names` that is set although nothing reads it."""
         for name in names:
             self._expect(name, read or getattr(self, name) is None, f"None, because only {reader} reads it")
 
@@ -188,7 +188,7 @@ class PMPOConfig(GRPOConfig):
         }
 
     def loss_config(self, **options: Any) -> LossConfig:
-        """The loss as `pmpo_kernels` takes it, with these options in place of the configuration's own."""
+        """Return the loss as `pmpo_kernels` takes it, with these options in place of the configuration's own."""
         given = {name: getattr(self, name) for name in (*SOLVED, "power", "clip_low", "clip_high", "loss_agg_mode")}
         if self.epsilon is not None:
             given["clip_low"] = -math.log1p(-self.epsilon)
@@ -216,13 +216,13 @@ class PMPOConfig(GRPOConfig):
         return config
 
     def scheduled_power(self, progress: float) -> float | None:
-        """p at this part of the training, in [0, 1], of the presets with a schedule over it; None of the others."""
+        """Return p where `progress` (in [0, 1]) of the training is done, for the presets with a schedule; None for the others."""
         if self.preset not in SCHEDULED or self.power is not None:
             return None
         return holder_power(progress, **self._given(HOLDER))
 
     def reward_rule(self, rewards: Tensor) -> LossConfig | None:
-        """The loss of a step with these rewards, (B,) of all ranks, of the preset that depends on them; None of the others."""
+        """Return the loss of a step with these rewards (B,), of all ranks, for the preset that depends on them; else None."""
         if self.preset != "apmpo":
             return None
         power = apmpo_power(rewards, **self._given(APMPO_POWER)) if self.power is None else self.power

@@ -1,4 +1,4 @@
-"""The loss's metrics for TRL's logs: over all ranks, with one transfer to the host for a micro-batch."""
+"""`loss_metrics`: the loss's metrics for TRL's logs, over all ranks, with one transfer to the host for a micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from pmpo_kernels.api import PMPOOutput
 
 COUNTS = ("tokens", "tokens of known trajectories", "known trajectories")
-MEANS = {  # name in the log: name in the loss's metrics, what it is a mean over
+MEANS = {  # name in the log: name in the loss's metrics, and which of COUNTS it is a mean over
     "clip_ratio/low_mean": ("clip_fraction_low", 0),
     "clip_ratio/high_mean": ("clip_fraction_high", 0),
     "clip_ratio/region_mean": ("clip_fraction", 0),
@@ -28,15 +28,15 @@ MEANS = {  # name in the log: name in the loss's metrics, what it is a mean over
 def loss_metrics(
     out: PMPOOutput, mask: Tensor, advantages: Tensor, gather: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """TRL's `entropy`, `kl`, `clip_ratio/low_mean`, `high_mean`, `region_mean`, `low_min`, `high_max`, and as `pmpo/...`:
+    """Return TRL's `entropy`, `kl`, `clip_ratio/low_mean`, `high_mean`, `region_mean`, `low_min`, `high_max`, and as `pmpo/...`:
     `power_mean`, `power_min`, `power_max`, `ess`, `ess_target` (tokens), `ratio_mean`, `ratio_max`, `approx_kl`.
 
-    Means over the tokens or the non-empty trajectories of all ranks, without those that were skipped because their advantage
-    is 0, of which nothing is known; NaN where there are none, which TRL leaves out of its means. `clip_ratio` counts the
-    skipped, in which nothing is clipped.
+    They are means over the tokens or the non-empty trajectories of all ranks. Trajectories that were skipped because their
+    advantage is 0 are left out, because nothing is known of them; only `clip_ratio` counts them, because nothing of them is
+    clipped. Where none is left it is NaN, which TRL leaves out of its means.
 
     Args:
-        out: of the loss of a micro-batch of this rank, (B, T) tokens.
+        out: the loss's output for a micro-batch of this rank, (B, T) tokens.
         mask: (B, T), nonzero on the response tokens.
         advantages: (B,).
         gather: concatenates tensors of the same shape over the ranks, along the first dimension.

@@ -12,11 +12,12 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from pmpo_kernels.api import linear_pmpo_loss, pmpo_loss_from_logp
+from pmpo_kernels.api import pmpo_loss_from_logp
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.integrations.trl.config import PMPOConfig
-from pmpo_kernels.integrations.trl.head import Scoring, add_loss_head
+from pmpo_kernels.integrations.trl.loss_head import Scoring, add_loss_head
 from pmpo_kernels.integrations.trl.metrics import loss_metrics
+from pmpo_kernels.linear import linear_pmpo_loss
 
 
 class PMPOTrainer(GRPOTrainer):
@@ -63,7 +64,7 @@ class PMPOTrainer(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The rewards of all ranks; a preset that depends on them gets its loss for the steps on these completions."""
+        """Return the rewards of all ranks. A preset that depends on them gets its loss for the steps on these completions here."""
         by_function: Tensor = super()._calculate_rewards(*args, **kwargs)
         scored = by_function[~by_function.isnan().all(1)]
         if len(scored):
@@ -139,16 +140,16 @@ class PMPOTrainer(GRPOTrainer):
 
     @property
     def _accumulated(self) -> int:
-        """Micro-batches of an optimizer step; evaluation has none."""
+        """Number of micro-batches that make an optimizer step; 1 in evaluation."""
         return int(self.current_gradient_accumulation_steps) if self._mode == "train" else 1
 
     def _scheduled_power(self) -> float | None:
-        """p of a preset with a schedule, along the optimizer steps: its start at the first, its end at the last."""
+        """p of a preset with a schedule over the optimizer steps, with its start at the first step and its end at the last."""
         last = max(1, self.state.max_steps - 1)
         return self.args.scheduled_power(min(1.0, self.state.global_step / last))  # type: ignore[no-any-return]
 
     def _denominator(self, inputs: dict[str, Any], config: LossConfig) -> Tensor | float:
-        """What TRL divides by: the gradients of micro-batches add up, those of ranks are averaged."""
+        """Return D so that, as in TRL, the gradients of micro-batches add up and those of ranks are averaged."""
         ids, steps = inputs["completion_ids"], self._accumulated
         if config.loss_agg_mode != "token-mean":
             return float(len(ids) * steps)
@@ -159,7 +160,7 @@ class PMPOTrainer(GRPOTrainer):
         return per_rank * steps / self.args.steps_per_generation if self._mode == "train" else per_rank
 
     def _rollout_correction(self, inputs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """vLLM's importance-sampling ratios as weights in the mean; tokens that it rules out, at ratio 0, leave the mean."""
+        """Return vLLM's importance-sampling ratios as weights in the mean. Tokens that it rules out, at ratio 0, leave the mean."""
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is None:
             return {"rollout_weights": None, "policy_mask": None}
@@ -169,7 +170,7 @@ class PMPOTrainer(GRPOTrainer):
     def _policy_mask(
         self, given: Tensor | None, logp: Tensor, entropy: Tensor, mask: Tensor, inputs: dict[str, Any]
     ) -> Tensor | None:
-        """The tokens (B, T) that TRL's off-policy threshold and entropy quantile keep in the policy term."""
+        """Mask (B, T) of the tokens that TRL's off-policy threshold and entropy quantile keep in the policy term, None for all."""
         logp, entropy = logp.detach(), entropy.detach()
         kept = [] if given is None else [given.view(len(given), -1)]
         if self.off_policy_mask_threshold is not None:

@@ -1,0 +1,130 @@
+"""The cases of Liger: its Triton GRPO loss from logits, and its chunked one from hidden states.
+
+Without a GPU the former runs under Triton's interpreter. Every option is given, because the defaults are another loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+from torch import Tensor
+
+from pmpo_kernels.config import LossConfig
+from pmpo_kernels.impls import INTERPRETER, interpreted
+from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, token_weights
+
+
+def triton_loss(
+    batch: Batch, logits: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2, high: float = 0.2,
+    beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0, rollout: bool = False,
+    bias_correction: bool = False,
+) -> Tensor:  # fmt: skip
+    """Loss (0-d) by Liger's `triton_grpo_loss`, out of place."""
+    value = triton_grpo_loss(
+        logits,
+        batch.old_logp,
+        batch.ref_logp if beta else None,
+        batch.token_ids,
+        batch.advantages,
+        completion_mask=batch.mask.long(),
+        temperature=temperature,
+        beta=beta,
+        eps_low=low,
+        eps_high=high,
+        inplace=False,
+        loss_type=loss_type,
+        max_completion_length=max(LENGTHS),
+        importance_sampling_level=level,
+        reduce=True,
+        vllm_is_ratio=batch.rollout_weights if rollout else None,
+        delta=delta,
+        use_bias_correction_kl=bias_correction,
+        num_items_in_batch=batch.mask.sum() * items,
+    )[0]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def chunked_loss(
+    batch: Batch, hidden: Tensor, weight: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2,
+    high: float = 0.2, beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0,
+    rollout: bool = False, bias_correction: bool = False, chunk_size: int = 1,
+) -> Tensor:  # fmt: skip
+    """Loss (0-d) by Liger's `LigerFusedLinearGRPOLoss`, not compiled."""
+    function = LigerFusedLinearGRPOLoss(
+        beta=beta,
+        compiled=False,
+        use_ref_model=beta != 0,
+        chunk_size=chunk_size,
+        epsilon_low=low,
+        epsilon_high=high,
+        loss_type=loss_type,
+        max_completion_length=max(LENGTHS),
+        importance_sampling_level=level,
+        temperature=temperature,
+        delta=delta,
+        use_bias_correction_kl=bias_correction,
+    )
+    value = function(
+        hidden[:, :-1],
+        weight,
+        batch.token_ids,
+        batch.mask.long(),
+        batch.advantages,
+        ref_per_token_logps=batch.ref_logp if beta else None,
+        old_per_token_logps=batch.old_logp,
+        vllm_is_ratio=batch.rollout_weights if rollout else None,
+        num_items_in_batch=batch.mask.sum() * items,
+    )[0]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def pair(
+    name: str, preset: str, ours: dict[str, Any], denominator: str = "default", *, rollout: bool = False, **options: Any
+) -> list[ParityCase]:
+    """Make two cases of the same loss, from logits and from hidden states."""
+    options["rollout"] = rollout
+    given = {"rollout_weights": token_weights} if rollout else {}
+
+    def from_logits(batch: Batch, logits: Tensor) -> Tensor:
+        return triton_loss(batch, logits, **options)
+
+    def from_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
+        return chunked_loss(batch, hidden, weight, chunk_size=3, **options)
+
+    return [
+        ParityCase(f"{name}, Triton", from_logits, preset, ours, "logits", denominator, given),
+        ParityCase(f"{name}, chunked", from_hidden, preset, ours, "hidden", denominator, given),
+    ]
+
+
+def cases() -> list[ParityCase]:
+    """The cases, of token and of sequence level. Raises RuntimeError where Triton cannot run."""
+    if not interpreted() and not torch.cuda.is_available():
+        raise RuntimeError(f"no GPU is visible to PyTorch; {INTERPRETER}")
+    sequence: dict[str, Any] = LossConfig.ratio_clip(0.02, 0.03)
+    level: dict[str, Any] = {"level": "sequence", "low": 0.02, "high": 0.03}
+    # old_logp is that of temperature 1, so at another one the ratios spread: hence a small change and wider clips
+    warm: dict[str, Any] = {"temperature": 0.95}
+    wide: dict[str, Any] = LossConfig.ratio_clip(0.3, 0.3)
+    losses = [
+        pair("grpo", "grpo", {}, "rows", loss_type="grpo"),
+        pair("grpo, delta", "grpo", {"dual_clip": 1.3}, "rows", loss_type="grpo", delta=1.3),
+        pair("grpo, beta", "grpo", {"beta": 0.1}, "rows", loss_type="grpo", beta=0.1),
+        pair("grpo, beta, bias correction", "grpo", {"beta": 0.1, "kl_bias_correction": True}, "rows", loss_type="grpo",
+             beta=0.1, bias_correction=True),
+        pair("grpo, temperature", "grpo", {**wide, **warm}, "rows", loss_type="grpo", low=0.3, high=0.3, **warm),
+        pair("grpo, rollout weights", "grpo", {}, "rows", loss_type="grpo", rollout=True),
+        pair("bnpo", "grpo", {"loss_agg_mode": "token-mean"}, loss_type="bnpo"),
+        pair("dr_grpo", "dr_grpo", {"max_length": max(LENGTHS)}, "rows", loss_type="dr_grpo"),
+        pair("dapo", "dapo", {}, loss_type="dapo", high=0.28),
+        pair("dapo, more items", "dapo", {}, "1.5 tokens", loss_type="dapo", high=0.28, items=1.5),
+        pair("grpo, sequence level", "gspo", sequence, "rows", loss_type="grpo", **level),
+        pair("grpo, sequence level, delta, beta", "gspo", {**sequence, "dual_clip": 1.1, "beta": 0.1}, "rows",
+             loss_type="grpo", **level, delta=1.1, beta=0.1),
+    ]  # fmt: skip
+    return [case for both in losses for case in both]
