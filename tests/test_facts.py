@@ -9,22 +9,23 @@ import ast
 import inspect
 import math
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import fuzz_arguments
-import fuzz_oracle
+import call_arguments
+import call_oracle
 import pytest
 import strategies
 import torch
-from bad_calls_config import NUMBERS
 
 from pmpo_kernels import LossConfig, PMPOOutput, available_impls, pmpo_loss
 from pmpo_kernels.benchmarking import cases
 from pmpo_kernels.config import Preset
 from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS
+from pmpo_kernels.verification.oracle import NUMBERS, configurations
 
 ROOT = Path(__file__).parent.parent
 PRESETS: tuple[str, ...] = get_args(Preset)
@@ -93,7 +94,7 @@ def test_the_tables_of_presets_say_what_is_computed(
     found = [(row, match) for row in table(page, header) if (match := re.search(call.format(preset), row["preset"]))]
     assert len(found) == 1, f"{page}: expected a row of {preset}"
     row, match = found[0]
-    config = getattr(LossConfig, preset)(**NUMBERS.get(preset, {}))
+    config = configurations()[preset]
     assert re.findall(r"\w+", match[1]) == ["p" if name == "power" else name for name in needed(preset)]
     where, _, clip = row["clip"].partition(", ")
     assert where == config.clip
@@ -118,7 +119,7 @@ def test_every_option_is_documented() -> None:
     assert set(FIELDS) - set(re.findall(r"\w+", section)) == set()
 
 
-@pytest.mark.parametrize("function", [strategies.random_configs, fuzz_arguments.config, fuzz_oracle.judge_LossConfig])
+@pytest.mark.parametrize("function", [strategies.random_configs, call_arguments.config, call_oracle.judge_LossConfig])
 def test_generated_configurations_have_every_option_and_choice(function: Any) -> None:
     choices = {
         word
@@ -127,8 +128,8 @@ def test_generated_configurations_have_every_option_and_choice(function: Any) ->
         if get_origin(part) is Literal
         for word in get_args(part)
     } - {field.default for field in fields(LossConfig)}
-    source = text(f"tests/{function.__module__}.py")
-    (tree,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function.__name__)
+    module = ast.parse(text(str(sys.modules[function.__module__].__file__)))
+    (tree,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function.__name__)
     written = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     assert (choices | set(FIELDS)) - written == set()
 
