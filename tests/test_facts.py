@@ -87,6 +87,7 @@ def bounds(cell: str, given: dict[str, Any]) -> list[float]:
         ("README.md", "preset | p |", r"`{}\((.*?)\)`", "`{}`"),
         ("docs/losses.md", "method | p |", r"`LossConfig\.{}\((.*?)\)`", "{}"),
     ],
+    ids=["README", "losses"],
 )
 def test_the_tables_of_presets_say_what_is_computed(
     page: str, header: str, call: str, aggregation: str, preset: str
@@ -170,6 +171,8 @@ def test_the_implementations_are_the_operators() -> None:
 
 def test_the_documents_name_every_implementation() -> None:
     assert [row["name"] for row in table("README.md", "name | runs on |")] == [f"`{impl}`" for impl in IMPLS]
+    (named,) = re.findall(r"^ +impl: (.*), or None", pmpo_loss.__doc__ or "", re.M)
+    assert re.findall(r"\w+", named) == list(IMPLS)
     shown = dict(re.findall(r"^torch\.ops\.pmpo_kernels\.(\w+) +(.*)$", text("docs/design.md"), re.M))
     assert {name: set(overloads.split()) for name, overloads in shown.items()} == {
         name: {f".{impl}" for impl, its in IMPLEMENTATIONS.items() if name in its.operators} for name in SCHEMAS
