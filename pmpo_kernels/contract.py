@@ -54,40 +54,15 @@ class AggregateOptions(NamedTuple):
 
 
 STATS = (
-    "tokens",
-    "weight",
-    "policy_loss",
-    "kl",
-    "entropy",
-    "power",
-    "ess",
-    "ess_target",
-    "clipped_low",
-    "clipped_high",
-    "ratio_sum",
-    "ratio_max",
-    "approx_kl",
-)
+    "tokens", "weight", "policy_loss", "kl", "entropy", "power", "ess", "ess_target", "clipped_low", "clipped_high",
+    "ratio_sum", "ratio_max", "approx_kl",
+)  # fmt: skip
 """Rows of the statistics (S, B) float64 that the `trajectory` stage returns. Those of tokens are sums over a trajectory."""
 
 METRICS = (
-    "clip_fraction_low",
-    "clip_fraction_high",
-    "ratio_mean",
-    "approx_kl",
-    "ref_kl",
-    "entropy",
-    "power_mean",
-    "ess",
-    "ess_target",
-    "policy_loss",
-    "tokens",
-    "trajectories",
-    "ratio_max",
-    "power_max",
-    "power_min",
-    "clip_fraction",
-)
+    "clip_fraction_low", "clip_fraction_high", "ratio_mean", "approx_kl", "ref_kl", "entropy", "power_mean", "ess",
+    "ess_target", "policy_loss", "tokens", "trajectories", "ratio_max", "power_max", "power_min", "clip_fraction",
+)  # fmt: skip
 """Elements of the metrics (M,) that the `aggregate` stage returns."""
 
 MAX_NEWTON_ITERATIONS = 20

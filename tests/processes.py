@@ -21,7 +21,7 @@ with_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avail
 def run_ranks(worker: str, world: int, names: tuple[str, ...], folder: Path, limit: float) -> None:
     """Run `tests/<worker> RANK WORLD STORE NAME...` for each rank. It fails with what they wrote where one fails, or after `limit`
     seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the machine's name resolves to
     logs = [folder / f"rank{rank}.txt" for rank in range(world)]

@@ -15,6 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import counts
+import network
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pmpo_kernels import LossConfig, PMPOOutput, cost, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
+from pmpo_kernels import LossConfig, PMPOOutput, linear_pmpo_loss, pmpo_loss, pmpo_loss_from_logp
 from pmpo_kernels.distributed import denominator
 from pmpo_kernels.distributed import ranks as ranks_module
 from pmpo_kernels.impls import IMPLS
@@ -640,7 +642,7 @@ def killed() -> None:
 
 
 def collectives() -> None:
-    """Count the collectives and what they send: it is what `cost.collectives` says."""
+    """Count the collectives and what they send: it is what `network.collectives` says."""
     rank, world = dist.get_rank(), dist.get_world_size()
     sent: list[tuple[str, int]] = []
     gather, reduce = dist.all_gather, dist.all_reduce
@@ -656,10 +658,10 @@ def collectives() -> None:
     ranks_module.dist.all_gather = counted("all_gather", gather)
     ranks_module.dist.all_reduce = counted("all_reduce", reduce)
 
-    def compare(call: cost.Call, **dims: Any) -> None:
+    def compare(call: counts.Call, **dims: Any) -> None:
         """Compare calls and bytes of each operation since the last comparison."""
         found: dict[str, list[float]] = {}
-        for c in cost.collectives(cost.Head(H, V, element=4), cost.Scheme(**dims), call):
+        for c in network.collectives(counts.Head(H, V, element=4), counts.Scheme(**dims), call):
             of_operation = found.setdefault(c.operation, [0, 0])
             of_operation[0], of_operation[1] = of_operation[0] + c.count, of_operation[1] + c.count * c.payload
         assert {
@@ -675,16 +677,16 @@ def collectives() -> None:
         mine = case._replace(logits=vocabulary_part(case.logits, -1, rank, SIZES[world]))
         mine.loss(config, group=dist.group.WORLD)
         assert sent == [agreed, agreed, ("all_gather", 4 * 4 * N)]
-        compare(cost.Call(N, B, **of_call), tp=world, path="logits")
+        compare(counts.Call(N, B, **of_call), tp=world, path="logits")
         cp = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
         at = pieces(8, rank, world, "contiguous")
         columns(case, at).loss(config, mesh=cp)
         assert sent == [agreed, agreed, ("all_gather", 8 * 7 * N // world)]
-        compare(cost.Call(N // world, B, **of_call), cp=world, path="logits")
+        compare(counts.Call(N // world, B, **of_call), cp=world, path="logits")
         dp = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
         case.loss(config, mesh=dp)
         assert sent == [agreed, agreed, ("all_reduce", 8)]
-        compare(cost.Call(N, B, **of_call), dp=world, path="logits")
+        compare(counts.Call(N, B, **of_call), dp=world, path="logits")
 
         hidden, weight = head(torch.float32)
         case, config = near(case, hidden, weight), LossConfig.pmpo(beta=0.1)  # even ones, and all have a gradient
@@ -693,11 +695,11 @@ def collectives() -> None:
             options = {"config": config, "max_chunk_tokens": chunk}
             case.linear(hidden, vocabulary_part(weight, 0, rank, SIZES[world]), group=dist.group.WORLD, **options)
             assert sum(size == 4 * N * H for _, size in sent) == 1
-            compare(cost.Call(N, B, **of_call), tp=world, chunk=chunk)
+            compare(counts.Call(N, B, **of_call), tp=world, chunk=chunk)
             columns(case, at).linear(hidden[:, at], weight, mesh=cp, **options)
-            compare(cost.Call(N // world, B, **of_call), cp=world, chunk=chunk)
+            compare(counts.Call(N // world, B, **of_call), cp=world, chunk=chunk)
             case.linear(hidden, weight, mesh=dp, **options)
-            compare(cost.Call(N, B, **of_call), dp=world, chunk=chunk)
+            compare(counts.Call(N, B, **of_call), dp=world, chunk=chunk)
     finally:
         ranks_module.dist.all_gather, ranks_module.dist.all_reduce = gather, reduce
 
