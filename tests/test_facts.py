@@ -9,7 +9,6 @@ import ast
 import inspect
 import math
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,6 +18,7 @@ import call_oracle
 import pytest
 import strategies
 import torch
+from hypothesis import given, settings
 
 from pmpo_kernels import LossConfig, PMPOOutput, available_impls, pmpo_loss
 from pmpo_kernels.benchmarking import cases
@@ -120,19 +120,38 @@ def test_every_option_is_documented() -> None:
     assert set(FIELDS) - set(re.findall(r"\w+", section)) == set()
 
 
-@pytest.mark.parametrize("function", [strategies.random_configs, call_arguments.config, call_oracle.judge_LossConfig])
-def test_generated_configurations_have_every_option_and_choice(function: Any) -> None:
-    choices = {
-        word
-        for hint in get_type_hints(LossConfig).values()
-        for part in (hint, *get_args(hint))
-        if get_origin(part) is Literal
-        for word in get_args(part)
-    } - {field.default for field in fields(LossConfig)}
-    module = ast.parse(text(str(sys.modules[function.__module__].__file__)))
-    (tree,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function.__name__)
-    written = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    assert (choices | set(FIELDS)) - written == set()
+CHOICES = {
+    (name, choice)
+    for name, hint in get_type_hints(LossConfig).items()
+    for part in (hint, *get_args(hint))
+    if get_origin(part) is Literal
+    for choice in get_args(part)
+}
+
+
+def test_the_property_tests_draw_every_option_and_choice() -> None:
+    drawn = set()
+
+    @settings(max_examples=300, database=None)
+    @given(strategies.random_configs())
+    def draw(config: LossConfig) -> None:
+        drawn.update((name, getattr(config, name)) for name in FIELDS)
+
+    draw()
+    assert CHOICES - drawn == set()
+    assert {name for name, value in drawn if value != getattr(LossConfig(), name)} == set(FIELDS)
+
+
+def test_the_random_calls_give_every_option_and_choice() -> None:
+    drawn = {pair for seed in range(300) for pair in call_arguments.config(call_arguments.Draw(str(seed))).items()}
+    assert CHOICES - drawn == set()
+    assert {name for name, _ in drawn} == set(FIELDS)
+
+
+def test_the_judge_of_random_calls_knows_every_option_and_choice() -> None:
+    source = ast.parse(inspect.getsource(call_oracle.judge_LossConfig))
+    written = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
+    assert {word for pair in CHOICES for word in pair} | set(FIELDS) <= written
 
 
 # --- signatures and results ------------------------------------------------------------------------------------------
