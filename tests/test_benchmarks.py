@@ -14,6 +14,7 @@ import pytest
 import readme_table
 import run
 import torch
+from host_overhead import host_overhead
 from run_report import RunReport, summary_table
 from stage_calls import stage_calls
 from torch import Tensor
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from pmpo_kernels import LossConfig, verification
 from pmpo_kernels.benchmarking import accuracy, inputs, measure
 from pmpo_kernels.benchmarking.cases import Case, Dtype, Preset
-from pmpo_kernels.benchmarking.comparison import Comparison, Spread, compare, host_overhead, steps
+from pmpo_kernels.benchmarking.comparison import Comparison, Spread, compare, steps
 from pmpo_kernels.benchmarking.inputs import Inputs, build_inputs
 from pmpo_kernels.benchmarking.measure import Bench, rotating
 from pmpo_kernels.benchmarking.report import Report, write_json

@@ -24,7 +24,7 @@ import typer
 from messages import messages
 from typer.testing import CliRunner
 
-from pmpo_kernels.cli.app import app
+from pmpo_kernels.cli import app
 from pmpo_kernels.triton import dlogits, token_logp, trajectory  # noqa: F401  before a program switches the interpreter off
 
 ROOT = Path(__file__).parent.parent

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -88,15 +89,44 @@ def compiled_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return build("wheel", shutil.copytree(sdist, folder / "source"), folder / "dist")
 
 
-def installed(wheel: Path, folder: Path) -> Path:
-    """The Python of an environment with this wheel, which sees the other packages of this one."""
+def installed(wheel: Path, folder: Path, others: str | None = None) -> Path:
+    """The Python of an environment with this wheel, which sees the packages in `others`, by default those of this one."""
     run(*HERE, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
     run(*HERE, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-compile", wheel, cwd=folder)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     # a path in a .pth file: without the .pth files in there, such as an editable installation's
-    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "others.pth").write_text((others or sysconfig.get_path("purelib")) + "\n")
     return python
+
+
+def required_by(name: str) -> set[str]:
+    """Distributions that are installed for this one, itself included."""
+    found, waiting = set(), [name]
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            lines = importlib.metadata.requires(name) or []
+            matches = [re.match(r"[\w.-]+", line) for line in lines if "extra ==" not in line]
+            waiting += [match[0] for match in matches if match and is_installed(match[0])]
+    return found
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def only(names: set[str], folder: Path) -> str:
+    """A folder that holds these distributions and no other."""
+    folder.mkdir()
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            (folder / top).symlink_to(str(distribution.locate_file(top)))
+    return str(folder)
 
 
 def test_the_sdist_has_every_source_and_nothing_built(sources: Path, sdist: Path) -> None:
@@ -160,6 +190,31 @@ def test_the_pure_wheel_installs_and_works_without_a_compiler(pure_wheel: Path, 
     assert "CPU tensors reference, slower, because the C++ kernels are not built:" in told
 
 
+def test_the_package_requires_torch_and_numpy_alone(pure_wheel: Path) -> None:
+    with zipfile.ZipFile(pure_wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.M)
+    assert set(required) == {"torch>=2.10", "numpy>=1.22"}
+    cli = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*; extra == "cli"$', metadata, re.M)
+    assert set(cli) == {"typer", "rich", "matplotlib"}
+
+
+def test_the_losses_need_torch_and_numpy_alone(pure_wheel: Path, tmp_path: Path) -> None:
+    """And without the extra a command is one line."""
+    names = required_by("torch") | required_by("numpy")
+    python = installed(pure_wheel, tmp_path, only(names, tmp_path / "others"))
+    shutil.copy(ROOT / "tests" / "public_calls.py", tmp_path)
+    assert len(run(python, "public_calls.py", cwd=tmp_path).split()) == 2
+    absent = {"typer", "rich", "matplotlib", "triton"} - names
+    assert absent >= {"typer", "rich", "matplotlib"}
+    code = f"from importlib.util import find_spec; print(*filter(find_spec, {sorted(absent)}))"
+    assert run(python, "-c", code, cwd=tmp_path).split() == []
+    done = subprocess.run([python.parent / "pmpo-kernels", "info"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"pmpo-kernels: .+ needs .+: pip install 'pmpo-kernels\[cli\]'\n", done.stderr)
+
+
 def test_the_installed_package_is_typed(pure_wheel: Path, tmp_path: Path) -> None:
     """mypy --strict reads the annotations of the installed package (py.typed), not of these sources."""
     pytest.importorskip("mypy")
@@ -172,9 +227,10 @@ def test_the_installed_package_is_typed(pure_wheel: Path, tmp_path: Path) -> Non
 
 def requirements(pyproject: str) -> dict[str, str]:
     """Name and bounds of each requirement of the package and of what .venv installs beside it."""
-    tables = re.findall(r"^(dependencies|triton|demo|test|dev|docs) = (\[.*\])$", pyproject, re.M)
+    tables = re.findall(r"^(dependencies|cli|demo|test|dev|docs) = (\[.*\])$", pyproject, re.M)
     assert len(tables) == 6
-    return dict(re.findall(r'"([\w-]+)([^";]*)"', " ".join(text for _, text in tables)))
+    listed = " ".join(text for _, text in tables)
+    return dict(re.findall(r'"(?!pmpo-kernels)([\w-]+)([^";]*)"', listed))
 
 
 def test_the_constraints_fit_the_requirements() -> None:
@@ -214,7 +270,7 @@ def test_sdist_and_wheel_build_in_isolation(sources: Path, environment: Path, tm
 
 
 @pytest.mark.isolated
-@pytest.mark.parametrize("extra", ["triton", "demo", "test", "trl", "peers", "dev", "docs"])
+@pytest.mark.parametrize("extra", ["cli", "demo", "test", "trl", "peers", "dev", "docs"])
 def test_an_extra_resolves(extra: str, pure_wheel: Path, environment: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.txt").write_text(TORCH + "\n")
     dry = [environment, "-m", "pip", "install", "--dry-run", "--constraint", tmp_path / "torch.txt"]

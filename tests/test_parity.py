@@ -14,8 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pmpo_kernels import LossConfig
+from pmpo_kernels.cli import app
 from pmpo_kernels.cli import verify as command
-from pmpo_kernels.cli.app import app
 from pmpo_kernels.verification import peers as parity_peers
 from pmpo_kernels.verification.baseline import eager_loss_from_logp, eager_pmpo_loss
 from pmpo_kernels.verification.peers import Batch, ParityCase, Peer, compare, find_peers, make_batch

@@ -355,7 +355,11 @@ def test_the_commands_of_a_call_are_accepted_by_their_programs(stand_in: StandIn
     """Every option of every program; --overwrite reaches those that have it."""
     call = stand_in.run("--overwrite", STEPS=" ".join(name for name in NAMES if "check" not in name))
     assert call.status == 0, call.output
-    programs = [words for words in stand_in.calls() if words[0].startswith("benchmarks/") and "targets" not in words[0]]
+    programs = [
+        words
+        for words in stand_in.calls()
+        if words[0].startswith(("benchmarks/", "tools/")) and "targets" not in words[0]
+    ]
     names = [Path(words[0]).stem for words in programs]
     assert names == ["stages", "run", "head", "sweep", "run", "head", "soak"]
     for name, words in zip(names, programs, strict=True):

@@ -74,12 +74,12 @@ class End:
 
 
 def lower_bounds(requirements: Iterable[str]) -> list[str]:
-    """Return `name==x` for each `name>=x`, without those of extras other than `test`."""
+    """Return `name==x` for each `name>=x`, without those of extras other than `cli` and `test`."""
     found = {}
     for line in requirements:
         requirement, _, marker = line.partition(";")
         bound = re.match(r"\s*([\w.-]+)\s*>=\s*([\w.]+)", requirement)
-        if bound and ("extra" not in marker or re.search(r"extra == .test.", marker)):
+        if bound and ("extra" not in marker or re.search(r"extra == .(cli|test).", marker)):
             found[bound[1]] = f"{bound[1]}=={bound[2]}"
     return list(found.values())
 
@@ -132,7 +132,7 @@ def install(end: End, python: str, folder: Path) -> Path:
     pins = folder / "pins.txt"
     pins.write_text("\n".join(wanted) + "\n")
     with_tests = [own, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--constraint", pins]
-    run(*with_tests, "--editable", f"{source}[test,triton]")
+    run(*with_tests, "--editable", f"{source}[test]")
     done = subprocess.run([own, "-c", REPORT], capture_output=True, text=True, check=True)
     end.found = json.loads(done.stdout)
     return source

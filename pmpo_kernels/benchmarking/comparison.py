@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -288,16 +288,3 @@ def summarise(rows: list[Row], allocator: Allocator, samples: dict[str, list[Tim
             row.timings[allocator] = timings[row.name]
             if eager:
                 timings[row.name].speedup = eager.both.median / timings[row.name].both.median
-
-
-def host_overhead(case: Case, chosen: list[Variant], repeats: int) -> dict[str, Spread]:
-    """Return each variant's host time of one forward and backward on a tiny batch, in microseconds, without waiting for a GPU.
-    torch.compile is left out, because it would compile for this shape alone."""
-    tiny = replace(case, vocab=256, batch=2, tokens=8)
-    inputs = build_inputs(tiny)
-    found: dict[str, Spread] = {}
-    for variant in chosen:
-        if variant != COMPILED and not variant.untimed:
-            bench, f = Bench(inputs, variant.one_more), variant.build(tiny.config)
-            found[variant.name] = Spread.of([bench.host(f) for _ in range(WARMUP_ROUNDS + repeats)][WARMUP_ROUNDS:])
-    return found

@@ -72,17 +72,6 @@ class Steps(ABC):
         leaves = self.restore()
         return lap(lambda: torch.autograd.grad(f(*leaves, self.inputs), leaves), self.cuda)
 
-    def host(self, f: Callable[..., Tensor]) -> float:
-        """Return the microseconds until the calls of a forward and a backward have returned, whether or not a GPU is done."""
-        leaves = self.restore()
-        if self.cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        gradient = torch.autograd.grad(f(*leaves, self.inputs), leaves)
-        elapsed = time.perf_counter() - start
-        del gradient
-        return 1e6 * elapsed
-
 
 class Bench(Steps):
     """Runs with a working copy of the logits as the leaf, which is restored before each run, because `inplace` writes over it. With
