@@ -59,7 +59,7 @@ class LossConfig:
         kl_bias_correction: each token's penalty times its unclipped ratio exp(d), through which gradient flows too: samples of
             the old policy then estimate the KL of the current one (DeepSeek-V3.2, arXiv 2512.02556).
         entropy_coef: weight of the entropy bonus.
-        temperature: the logits are divided by it before the softmax.
+        temperature: from 1e-30 to 1e30; the logits are divided by it before the softmax.
 
     Raises:
         ValueError: a value out of its range, or options that do not combine; names the option, expected and got.

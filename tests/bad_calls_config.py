@@ -10,11 +10,9 @@ from bad_calls import NOT_FLAGS, Call, Row, choice_rows, count_rows, number_rows
 
 from pmpo_kernels import LossConfig
 from pmpo_kernels.config import ClipMode, ClipSides, EssRule, KLEstimator, LossAggMode, Preset
+from pmpo_kernels.verification.oracle import NUMBERS
 
 PRESETS: tuple[str, ...] = get_args(Preset)
-NUMBERS: dict[str, dict[str, Any]] = {  # what a preset must be given, or can be beside the options
-    "dr_grpo": {"max_length": 8}, "holder": {"power": 1.0}, "holder_token": {"power": 1.0}, "apmpo": {"power": 1.0, "eps_high": 0.2},
-}  # fmt: skip
 CALLS = {
     "LossConfig": Call(LossConfig, {}),
     "LossConfig, Dr. GRPO": Call(LossConfig, {"loss_agg_mode": "seq-mean-token-sum-norm", "max_length": 8}),

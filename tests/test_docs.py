@@ -112,6 +112,19 @@ def test_the_python_that_runs_elsewhere_does() -> None:
         assert file == "test_readme.py" or file in (ROOT / page).read_text(), f"{page} does not name {file}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tests_that_a_page_names_exist(page: str) -> None:
+    """After a file the functions without one are of that file, to the end of the line."""
+    for line in (ROOT / page).read_text().splitlines():
+        file = None
+        for name, function in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", line):
+            file = name or file
+            where = [ROOT / "tests" / file] if file else (ROOT / "tests").glob("test_*.py")
+            sources = [path.read_text() for path in where]
+            assert sources
+            assert not function or any(f"def {function}(" in source for source in sources), f"{file}::{function}"
+
+
 def is_python(text: str) -> bool:
     try:
         body = ast.parse(text).body

@@ -9,7 +9,6 @@ import ast
 import inspect
 import math
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,13 +18,14 @@ import call_oracle
 import pytest
 import strategies
 import torch
-from bad_calls_config import NUMBERS
+from hypothesis import given, settings
 
 from pmpo_kernels import LossConfig, PMPOOutput, available_impls, pmpo_loss
 from pmpo_kernels.benchmarking import cases
 from pmpo_kernels.config import Preset
 from pmpo_kernels.impls import IMPLS
 from pmpo_kernels.ops import IMPLEMENTATIONS, SCHEMAS
+from pmpo_kernels.verification.oracle import NUMBERS, configurations
 
 ROOT = Path(__file__).parent.parent
 PRESETS: tuple[str, ...] = get_args(Preset)
@@ -87,6 +87,7 @@ def bounds(cell: str, given: dict[str, Any]) -> list[float]:
         ("README.md", "preset | p |", r"`{}\((.*?)\)`", "`{}`"),
         ("docs/losses.md", "method | p |", r"`LossConfig\.{}\((.*?)\)`", "{}"),
     ],
+    ids=["README", "losses"],
 )
 def test_the_tables_of_presets_say_what_is_computed(
     page: str, header: str, call: str, aggregation: str, preset: str
@@ -94,7 +95,7 @@ def test_the_tables_of_presets_say_what_is_computed(
     found = [(row, match) for row in table(page, header) if (match := re.search(call.format(preset), row["preset"]))]
     assert len(found) == 1, f"{page}: expected a row of {preset}"
     row, match = found[0]
-    config = getattr(LossConfig, preset)(**NUMBERS.get(preset, {}))
+    config = configurations()[preset]
     assert re.findall(r"\w+", match[1]) == ["p" if name == "power" else name for name in needed(preset)]
     where, _, clip = row["clip"].partition(", ")
     assert where == config.clip
@@ -119,19 +120,38 @@ def test_every_option_is_documented() -> None:
     assert set(FIELDS) - set(re.findall(r"\w+", section)) == set()
 
 
-@pytest.mark.parametrize("function", [strategies.random_configs, call_arguments.config, call_oracle.judge_LossConfig])
-def test_generated_configurations_have_every_option_and_choice(function: Any) -> None:
-    choices = {
-        word
-        for hint in get_type_hints(LossConfig).values()
-        for part in (hint, *get_args(hint))
-        if get_origin(part) is Literal
-        for word in get_args(part)
-    } - {field.default for field in fields(LossConfig)}
-    source = inspect.getsource(sys.modules[function.__module__])
-    (tree,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function.__name__)
-    written = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    assert (choices | set(FIELDS)) - written == set()
+CHOICES = {
+    (name, choice)
+    for name, hint in get_type_hints(LossConfig).items()
+    for part in (hint, *get_args(hint))
+    if get_origin(part) is Literal
+    for choice in get_args(part)
+}
+
+
+def test_the_property_tests_draw_every_option_and_choice() -> None:
+    drawn = set()
+
+    @settings(max_examples=300, database=None)
+    @given(strategies.random_configs())
+    def draw(config: LossConfig) -> None:
+        drawn.update((name, getattr(config, name)) for name in FIELDS)
+
+    draw()
+    assert CHOICES - drawn == set()
+    assert {name for name, value in drawn if value != getattr(LossConfig(), name)} == set(FIELDS)
+
+
+def test_the_random_calls_give_every_option_and_choice() -> None:
+    drawn = {pair for seed in range(300) for pair in call_arguments.config(call_arguments.Draw(str(seed))).items()}
+    assert CHOICES - drawn == set()
+    assert {name for name, _ in drawn} == set(FIELDS)
+
+
+def test_the_judge_of_random_calls_knows_every_option_and_choice() -> None:
+    source = ast.parse(inspect.getsource(call_oracle.judge_LossConfig))
+    written = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
+    assert {word for pair in CHOICES for word in pair} | set(FIELDS) <= written
 
 
 # --- signatures and results ------------------------------------------------------------------------------------------
@@ -170,6 +190,8 @@ def test_the_implementations_are_the_operators() -> None:
 
 def test_the_documents_name_every_implementation() -> None:
     assert [row["name"] for row in table("README.md", "name | runs on |")] == [f"`{impl}`" for impl in IMPLS]
+    (named,) = re.findall(r"^ +impl: (.*), or None", pmpo_loss.__doc__ or "", re.M)
+    assert re.findall(r"\w+", named) == list(IMPLS)
     shown = dict(re.findall(r"^torch\.ops\.pmpo_kernels\.(\w+) +(.*)$", text("docs/design.md"), re.M))
     assert {name: set(overloads.split()) for name, overloads in shown.items()} == {
         name: {f".{impl}" for impl, its in IMPLEMENTATIONS.items() if name in its.operators} for name in SCHEMAS

@@ -230,15 +230,18 @@ def verify(case: Case, config: LossConfig, impl: str, *, inplace: bool = False) 
     )
 
 
+NUMBERS: dict[str, dict[str, Any]] = {
+    "dr_grpo": {"max_length": 16},
+    "holder": {"power": 2.0},
+    "holder_token": {"power": -2.0},
+    "apmpo": {"power": 0.5, "eps_high": 0.3},
+}
+"""Of the presets that take more than options: their arguments in `configurations`."""
+
+
 def configurations() -> dict[str, LossConfig]:
     """The presets, and configurations that reach what no preset does: p between its ends by either ESS rule, every further term."""
-    numbers: dict[str, dict[str, Any]] = {
-        "dr_grpo": {"max_length": 16},
-        "holder": {"power": 2.0},
-        "holder_token": {"power": -2.0},
-        "apmpo": {"power": 0.5, "eps_high": 0.3},
-    }
-    presets = {name: getattr(LossConfig, name)(**numbers.get(name, {})) for name in get_args(Preset)}
+    presets = {name: getattr(LossConfig, name)(**NUMBERS.get(name, {})) for name in get_args(Preset)}
     terms = {"beta": 0.1, "entropy_coef": 0.01, "temperature": 0.7, "dual_clip": 2.0}
     return {
         **presets,
