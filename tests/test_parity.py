@@ -18,12 +18,12 @@ from pmpo_kernels.cli import app
 from pmpo_kernels.cli import verify as command
 from pmpo_kernels.verification import peers as parity_peers
 from pmpo_kernels.verification.baseline import eager_loss_from_logp, eager_pmpo_loss
-from pmpo_kernels.verification.peers import Batch, ParityCase, Peer, compare, find_peers, make_batch
+from pmpo_kernels.verification.peers import ParityBatch, ParityCase, Peer, compare, find_peers, make_batch
 
 runner = CliRunner(env={"COLUMNS": "200"})
 
 
-def baseline(batch: Batch, logp: Tensor, config: LossConfig | None = None) -> Tensor:
+def baseline(batch: ParityBatch, logp: Tensor, config: LossConfig | None = None) -> Tensor:
     config = config or LossConfig.grpo()
     return eager_loss_from_logp(logp, logp.detach() * 0, batch.old_logp, batch.advantages, batch.mask, config)
 
@@ -34,7 +34,7 @@ CASE = ParityCase("grpo", baseline, "grpo")
 def changed_gradient(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """The baseline with another gradient of the log-probs."""
 
-    def loss(batch: Batch, logp: Tensor) -> Tensor:
+    def loss(batch: ParityBatch, logp: Tensor) -> Tensor:
         changed = logp.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(baseline(batch, changed), changed)
         return baseline(batch, logp.detach()) + (change(gradient) * (logp - logp.detach())).sum()
@@ -82,11 +82,11 @@ def test_another_loss_is_rejected(config: LossConfig) -> None:
 def test_a_missing_softmax_part_is_rejected() -> None:
     """A gradient of the logits that has only its target column, and the right one from logits."""
 
-    def right(batch: Batch, logits: Tensor) -> Tensor:
+    def right(batch: ParityBatch, logits: Tensor) -> Tensor:
         given = (batch.token_ids, batch.old_logp, batch.advantages, batch.mask)
         return eager_pmpo_loss(logits[:, :-1], *given, LossConfig.grpo())
 
-    def target_only(batch: Batch, logits: Tensor) -> Tensor:
+    def target_only(batch: ParityBatch, logits: Tensor) -> Tensor:
         log_sum = logits[:, :-1].detach().logsumexp(-1)
         return baseline(batch, logits[:, :-1].gather(-1, batch.token_ids[..., None])[..., 0] - log_sum)
 
@@ -145,7 +145,7 @@ def test_verify_peers_prints_what_agrees_and_what_is_missing(monkeypatch: pytest
 
 
 def test_verify_peers_fails_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(batch: Batch, logp: Tensor) -> Tensor:
+    def broken(batch: ParityBatch, logp: Tensor) -> Tensor:
         raise RuntimeError("no such argument")
 
     code, text = show(

@@ -20,7 +20,7 @@ from pmpo_kernels import LossConfig, pmpo_loss_from_logp
 from pmpo_kernels.verification.peers import (
     PEERS,
     TOLERANCE,
-    Batch,
+    ParityBatch,
     ParityCase,
     Result,
     compare,
@@ -84,15 +84,15 @@ def test_documentation_lists_every_case(name: str, case: ParityCase) -> None:
     assert f"| {FOUND[name].distribution} | {case.name} | `{case.call}` |" in page
 
 
-def with_ratio(batch: Batch, row: int, t: int, d: float) -> Batch:
+def with_ratio(batch: ParityBatch, row: int, t: int, d: float) -> ParityBatch:
     """The batch with one log-ratio set."""
     old_logp = batch.old_logp.clone()
     old_logp[row, t] = batch.logp[row, t] - d
     return batch._replace(old_logp=old_logp)
 
 
-def ours(config: LossConfig, batch: Batch, denominator: float | None = None) -> Result:
-    def loss(batch: Batch, logp: Tensor) -> Tensor:
+def ours(config: LossConfig, batch: ParityBatch, denominator: float | None = None) -> Result:
+    def loss(batch: ParityBatch, logp: Tensor) -> Tensor:
         given = (logp, batch.old_logp, batch.advantages)
         ref_logp = batch.ref_logp if config.beta else None
         return pmpo_loss_from_logp(
@@ -107,7 +107,7 @@ def finite(result: Result) -> tuple[bool, bool]:
     return bool(result.loss.isfinite()), all(bool(g.isfinite().all()) for g in result.gradients)
 
 
-def token_level(load: Load, peer: str, batch: Batch, sequence: bool = False) -> Result:
+def token_level(load: Load, peer: str, batch: ParityBatch, sequence: bool = False) -> Result:
     """The GRPO loss of a peer, on the peer's device."""
     level = "sequence" if sequence else "token"
     if peer == "trl":
@@ -127,7 +127,7 @@ def token_level(load: Load, peer: str, batch: Batch, sequence: bool = False) -> 
         "liger": (module.triton_loss, "logits"),
         "liger chunked": (module.chunked_loss, "hidden"),
     }[peer]
-    batch = Batch(*(tensor.to(DEVICE) for tensor in batch))
+    batch = ParityBatch(*(tensor.to(DEVICE) for tensor in batch))
     return evaluate(lambda b, *leaves: loss(b, *leaves, loss_type="grpo", level=level), source, batch)
 
 
@@ -221,7 +221,7 @@ def test_gmpo_at_zero_advantage(load: Load) -> None:
 HALVES = (slice(0, 4), slice(4, 8))
 
 
-def accumulated(loss: Callable[[Batch], Result], batch: Batch) -> Result:
+def accumulated(loss: Callable[[ParityBatch], Result], batch: ParityBatch) -> Result:
     """Two micro-batches: losses added, gradients side by side."""
     parts = [loss(rows(batch, half)) for half in HALVES]
     return Result(sum(part.loss for part in parts), (torch.cat([part.gradients[0] for part in parts]),))
@@ -232,10 +232,10 @@ def test_micro_batches_of_geo_mean_add_up_to_twice_the_batch(load: Load) -> None
     module, batch = load("verl"), make_batch()
     count = int(batch.mask.any(1).sum())
 
-    def theirs(name: str) -> Callable[[Batch], Result]:
+    def theirs(name: str) -> Callable[[ParityBatch], Result]:
         actor = module.actor(0.4, 0.4)
 
-        def loss(b: Batch, logp: Tensor) -> Tensor:
+        def loss(b: ParityBatch, logp: Tensor) -> Tensor:
             actor.global_batch_info.update(dp_size=1, batch_num_tokens=int(batch.mask.sum()), global_batch_size=count)
             return module.get_policy_loss_fn(name)(
                 old_log_prob=b.old_logp, log_prob=logp, advantages=b.advantages[:, None].expand_as(logp),
@@ -269,7 +269,7 @@ def test_two_ranks_of_verl(load: Load) -> None:
     module, batch = load("verl"), make_batch()
     tokens, actor = int(batch.mask.sum()), module.actor(0.2, 0.28)
 
-    def rank(b: Batch, logp: Tensor) -> Tensor:
+    def rank(b: ParityBatch, logp: Tensor) -> Tensor:
         actor.global_batch_info.update(dp_size=2, batch_num_tokens=tokens)
         return module.get_policy_loss_fn("vanilla")(
             old_log_prob=b.old_logp, log_prob=logp, advantages=b.advantages[:, None].expand_as(logp),
@@ -338,7 +338,7 @@ def test_verl_clamps_its_k3(load: Load) -> None:
     ref_logp[ZERO, 0] = batch.logp[ZERO, 0] + 3.0  # A = 0: the gradient is the KL term's alone
     batch = batch._replace(ref_logp=ref_logp)
 
-    def theirs(b: Batch, logp: Tensor) -> Tensor:
+    def theirs(b: ParityBatch, logp: Tensor) -> Tensor:
         return module.loss("vanilla", module.actor(0.2, 0.28), b, logp, beta=0.1)
 
     assert evaluate(theirs, "logp", batch).gradients[0][ZERO, 0] == 0
@@ -353,7 +353,7 @@ def test_a_delta_below_the_clip(load: Load) -> None:
     Liger's Triton kernel has this loss too, but a gradient of 0, that of a bounded one.
     """
     trl, liger, batch = load("trl"), load("liger"), with_ratio(make_batch(V=33), NEGATIVE, 0, math.log(1.15))
-    made, moved = trl.trainer(loss_type="grpo", delta=1.1), Batch(*(tensor.to(DEVICE) for tensor in batch))
+    made, moved = trl.trainer(loss_type="grpo", delta=1.1), ParityBatch(*(tensor.to(DEVICE) for tensor in batch))
     options = {"loss_type": "grpo", "delta": 1.1}
     bounded = ours(LossConfig.grpo(dual_clip=1.1), batch, len(batch.mask))
     from_trl = evaluate(lambda b, logp: trl.loss(made, b, logp), "logp", batch)

@@ -54,7 +54,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from pmpo_kernels.integrations.trl import PMPOConfig, PMPOTrainer
 from pmpo_kernels.integrations.trl import trainer as trainer_module
 from pmpo_kernels.integrations.trl.config import APMPO_CLIP, APMPO_POWER, HOLDER, NO_CHOICE
-from pmpo_kernels.integrations.trl.loss_head import Scoring, check_logits
+from pmpo_kernels.integrations.trl.loss_head import Scoring, check_probe
 
 CHARACTERS = "0123456789+= "
 VOCABULARY = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(CHARACTERS)}}
@@ -465,9 +465,9 @@ def test_a_model_that_does_more_to_its_logits_raises(tmp_path: Path) -> None:
     made = ours(tmp_path, preset="grpo", model=Shifted(llama().config))
     with pytest.raises(RuntimeError, match="fused_head: expected False for Shifted, whose logits are not scale and"):
         made._compute_loss(made.model, batch(made))
-    check_logits(torch.tensor([-30, -4, -0.5, 0, 0.25, 1, 8, 60]) * 0.3, "", logit_scale=0.3, logit_softcap=None)
+    check_probe(torch.tensor([-30, -4, -0.5, 0, 0.25, 1, 8, 60]) * 0.3, "", logit_scale=0.3, logit_softcap=None)
     with pytest.raises(RuntimeError, match="expected"):
-        check_logits(torch.tensor([-30, -4, -0.5, 0, 0.25, 1, 8, 60]), "", logit_scale=0.98, logit_softcap=None)
+        check_probe(torch.tensor([-30, -4, -0.5, 0, 0.25, 1, 8, 60]), "", logit_scale=0.98, logit_softcap=None)
 
 
 def test_a_head_that_is_not_linear_raises(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pmpo_kernels.config import LossConfig
 from pmpo_kernels.impls import INTERPRETER, interpreted
-from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, token_weights
+from pmpo_kernels.verification.peers import LENGTHS, ParityBatch, ParityCase, token_weights
 
 
 def triton_loss(
-    batch: Batch, logits: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2, high: float = 0.2,
+    batch: ParityBatch, logits: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2, high: float = 0.2,
     beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0, rollout: bool = False,
     bias_correction: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -49,7 +49,7 @@ def triton_loss(
 
 
 def chunked_loss(
-    batch: Batch, hidden: Tensor, weight: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2,
+    batch: ParityBatch, hidden: Tensor, weight: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2,
     high: float = 0.2, beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0,
     rollout: bool = False, bias_correction: bool = False, chunk_size: int = 1,
 ) -> Tensor:  # fmt: skip
@@ -90,10 +90,10 @@ def pair(
     options["rollout"] = rollout
     given = {"rollout_weights": token_weights} if rollout else {}
 
-    def from_logits(batch: Batch, logits: Tensor) -> Tensor:
+    def from_logits(batch: ParityBatch, logits: Tensor) -> Tensor:
         return triton_loss(batch, logits, **options)
 
-    def from_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
+    def from_hidden(batch: ParityBatch, hidden: Tensor, weight: Tensor) -> Tensor:
         return chunked_loss(batch, hidden, weight, chunk_size=3, **options)
 
     return [

@@ -22,7 +22,7 @@ from pmpo_kernels.impls import interpreted
 from pmpo_kernels.linear import linear_pmpo_loss
 
 __all__ = [
-    "PEERS", "TOLERANCE", "Agreement", "Batch", "ParityCase", "Peer", "compare", "evaluate", "find_peers", "make_batch",
+    "PEERS", "TOLERANCE", "Difference", "ParityBatch", "ParityCase", "Peer", "compare", "evaluate", "find_peers", "make_batch",
 ]  # fmt: skip
 
 PEERS = {"trl": "trl", "verl": "verl", "liger": "liger-kernel"}  # module of this package: distribution
@@ -42,7 +42,7 @@ Loss = Callable[..., Tensor]
 TOLERANCE = 1e-5
 
 
-class Batch(NamedTuple):
+class ParityBatch(NamedTuple):
     """B = 8 trajectories of at most T = 12 tokens, float32 (token_ids int64, mask bool).
 
     `hidden` (B, T + 1, H) and `weight` (V, H) have the product `logits` (B, T + 1, V); advantages are (B,), all else (B, T).
@@ -61,9 +61,9 @@ class Batch(NamedTuple):
     rollout_weights: Tensor
 
 
-def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
-    """Make a `Batch` with V logits of standard deviation 1 and log-ratios of standard deviation 0.25. Some tokens of either sign
-    clip, most do not, and no ratio is near an overflow. Raises ValueError for V < 1."""
+def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> ParityBatch:
+    """Make a `ParityBatch` with V logits of standard deviation 1 and log-ratios of 0.25. Some tokens of either sign clip, most do
+    not, and no ratio is near an overflow. Raises ValueError for V < 1."""
     if V < 1:
         raise ValueError(f"V: expected an int > 0, got {V}")
     random = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
     logits = hidden @ weight.T
     token_ids = torch.randint(V, (B, T), generator=random)
     logp = torch.log_softmax(logits[:, :T].double(), -1).gather(-1, token_ids[..., None])[..., 0].float()
-    batch = Batch(
+    batch = ParityBatch(
         hidden=hidden,
         weight=weight,
         logits=logits,
@@ -91,26 +91,26 @@ def make_batch(*, V: int = 201, seed: int = 0, device: str = "cpu") -> Batch:
         mask=torch.arange(T) < torch.tensor(LENGTHS)[:, None],
         rollout_weights=rollout.exp(),
     )
-    return Batch(*(tensor.to(device) for tensor in batch))
+    return ParityBatch(*(tensor.to(device) for tensor in batch))
 
 
-def entropy(batch: Batch) -> Tensor:
+def entropy(batch: ParityBatch) -> Tensor:
     """Entropy (B, T) of each token's distribution at temperature 1."""
     log_q = torch.log_softmax(batch.logits[:, :-1], -1)
     return -(log_q.exp() * log_q).sum(-1)
 
 
-def token_weights(batch: Batch) -> Tensor:
+def token_weights(batch: ParityBatch) -> Tensor:
     """Rollout weights (B, T), one a token."""
     return batch.rollout_weights
 
 
-def rows(batch: Batch, part: slice) -> Batch:
+def rows(batch: ParityBatch, part: slice) -> ParityBatch:
     """Return some trajectories of a batch: a micro-batch, or the share of a data-parallel rank."""
-    return Batch(*(tensor if tensor is batch.weight else tensor[part] for tensor in batch))
+    return ParityBatch(*(tensor if tensor is batch.weight else tensor[part] for tensor in batch))
 
 
-DENOMINATORS: dict[str, Callable[[Batch], float] | None] = {
+DENOMINATORS: dict[str, Callable[[ParityBatch], float] | None] = {
     "default": None,
     "rows": lambda batch: len(batch.mask),
     "4 rows": lambda batch: 4 * len(batch.mask),
@@ -140,7 +140,7 @@ class ParityCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     source: Source = "logp"
     denominator: str = "default"
-    given: Mapping[str, Callable[[Batch], Tensor]] = field(default_factory=dict)
+    given: Mapping[str, Callable[[ParityBatch], Tensor]] = field(default_factory=dict)
 
     @property
     def config(self) -> LossConfig:
@@ -156,7 +156,7 @@ class ParityCase:
         text = f"{self.preset}({', '.join(options)})" + "".join(f", {name}" for name in self.given)
         return text if self.denominator == "default" else f"{text}, denominator {self.denominator}"
 
-    def ours(self, batch: Batch, *leaves: Tensor, impl: str | None = None) -> Tensor:
+    def ours(self, batch: ParityBatch, *leaves: Tensor, impl: str | None = None) -> Tensor:
         """Compute our loss (0-d) from the same leaves. It raises what `pmpo_loss` raises."""
         count = DENOMINATORS[self.denominator]
         config = self.config
@@ -183,7 +183,7 @@ class Result(NamedTuple):
     gradients: tuple[Tensor, ...]
 
 
-class Agreement(NamedTuple):
+class Difference(NamedTuple):
     """Relative differences of loss and gradient, infinite where one side is not finite. That of the gradient is the larger of the
     differences by norm and by largest entry."""
 
@@ -196,7 +196,7 @@ class Agreement(NamedTuple):
         return max(self) <= TOLERANCE
 
 
-def evaluate(loss: Loss, source: Source, batch: Batch, **options: Any) -> Result:
+def evaluate(loss: Loss, source: Source, batch: ParityBatch, **options: Any) -> Result:
     """Run forward and backward of one side on fresh leaves."""
     tensors = {"logp": (batch.logp,), "logits": (batch.logits,), "hidden": (batch.hidden, batch.weight)}[source]
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
@@ -204,7 +204,7 @@ def evaluate(loss: Loss, source: Source, batch: Batch, **options: Any) -> Result
     return Result(value.detach(), torch.autograd.grad(value, leaves))
 
 
-def difference(got: Result, want: Result) -> Agreement:
+def difference(got: Result, want: Result) -> Difference:
     """Return how far two results are apart, relative to the second, computed in float64."""
 
     def of_tensors(a: Tensor, b: Tensor) -> float:
@@ -214,10 +214,10 @@ def difference(got: Result, want: Result) -> Agreement:
         return worst if math.isfinite(worst) else math.inf
 
     gradient = max(of_tensors(a, b) for a, b in zip(got.gradients, want.gradients, strict=True))
-    return Agreement(of_tensors(got.loss, want.loss), gradient)
+    return Difference(of_tensors(got.loss, want.loss), gradient)
 
 
-def compare(case: ParityCase, batch: Batch, *, impl: str | None = None) -> Agreement:
+def compare(case: ParityCase, batch: ParityBatch, *, impl: str | None = None) -> Difference:
     """Compare our loss and gradient with the peer's on one batch; `impl` as in `pmpo_loss`. Errors of either side are raised."""
     ours = evaluate(case.ours, case.source, batch, impl=impl)
     return difference(ours, evaluate(case.theirs, case.source, batch))

@@ -17,11 +17,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, entropy, token_weights
+from pmpo_kernels.verification.peers import LENGTHS, ParityBatch, ParityCase, entropy, token_weights
 
 ACCUMULATION = 4
 OFF_POLICY_THRESHOLD, TOP_ENTROPY = -0.1, 0.6
-Made = Callable[[Batch], Tensor]
+Made = Callable[[ParityBatch], Tensor]
 
 
 class GivenLogp(torch.nn.Module):
@@ -70,7 +70,9 @@ def trainer(*, gmpo: bool = False, accumulation: int = 1, beta: float = 0.0, **o
     return made
 
 
-def loss(made: GRPOTrainer, batch: Batch, logp: Tensor, *, items: float = 1.0, rollout: Tensor | None = None) -> Tensor:
+def loss(
+    made: GRPOTrainer, batch: ParityBatch, logp: Tensor, *, items: float = 1.0, rollout: Tensor | None = None
+) -> Tensor:
     """Loss (0-d) by a trainer's `_compute_loss`. The generation batch has `items` times the tokens of this one; `rollout` are
     weights (B, T) or (B, 1)."""
     prompt = torch.ones_like(batch.token_ids[:, :1])
@@ -98,7 +100,7 @@ def case(
 ) -> ParityCase:  # fmt: skip
     """Make a case of TRL's options and ours. The trainer is built when the case runs."""
 
-    def theirs(batch: Batch, logp: Tensor) -> Tensor:
+    def theirs(batch: ParityBatch, logp: Tensor) -> Tensor:
         if options.get("gmpo"):  # it adds -A of an empty row to the loss
             batch = batch._replace(advantages=torch.where(batch.mask.any(1), batch.advantages, 0))
         made = weights and weights(batch)
@@ -110,12 +112,12 @@ def case(
     return ParityCase(name, theirs, preset, ours, "logp", denominator, given)
 
 
-def row_weights(batch: Batch) -> Tensor:
+def row_weights(batch: ParityBatch) -> Tensor:
     """Rollout weights (B,), one a row."""
     return batch.rollout_weights[:, 0]
 
 
-def off_policy(batch: Batch) -> Tensor:
+def off_policy(batch: ParityBatch) -> Tensor:
     """Mask (B,) of the rows that TRL keeps at OFF_POLICY_THRESHOLD."""
     kept = GRPOTrainer.get_off_policy_mask(
         batch.advantages[:, None], batch.logp, batch.old_logp, batch.mask.long(), OFF_POLICY_THRESHOLD
@@ -124,7 +126,7 @@ def off_policy(batch: Batch) -> Tensor:
     return kept[:, 0]
 
 
-def high_entropy(batch: Batch) -> Tensor:
+def high_entropy(batch: ParityBatch) -> Tensor:
     """Mask (B, T) of the tokens that TRL keeps at the quantile TOP_ENTROPY."""
     kept = trainer().get_high_entropy_mask(entropy(batch), batch.mask.long(), 1 - TOP_ENTROPY)
     assert isinstance(kept, Tensor)

@@ -9,7 +9,7 @@ from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
 from verl.workers.config import ActorConfig
 
 from pmpo_kernels.config import LossConfig
-from pmpo_kernels.verification.peers import LENGTHS, Batch, ParityCase, token_weights
+from pmpo_kernels.verification.peers import LENGTHS, ParityBatch, ParityCase, token_weights
 
 NO_DUAL_CLIP = 1e9  # verl's vanilla loss always has one, at a ratio of 3 by default
 
@@ -28,7 +28,7 @@ def actor(low: float, high: float, dual_clip: float = NO_DUAL_CLIP) -> ActorConf
 
 
 def loss(
-    name: str, config: ActorConfig, batch: Batch, logp: Tensor, mode: str = "token-mean", *,
+    name: str, config: ActorConfig, batch: ParityBatch, logp: Tensor, mode: str = "token-mean", *,
     scale: int = 0, rollout: bool = False, beta: float = 0.0, estimator: str = "k3",
 ) -> Tensor:  # fmt: skip
     """Loss (0-d) by verl's policy loss `name`, plus beta times the aggregated KL estimate. With a `scale` the batch is the share of
@@ -62,7 +62,7 @@ def case(
 ) -> ParityCase:  # fmt: skip
     """Make a case of verl's options and ours. `clip` is low, high and perhaps the dual clip."""
 
-    def theirs(batch: Batch, logp: Tensor) -> Tensor:
+    def theirs(batch: ParityBatch, logp: Tensor) -> Tensor:
         return loss(of, actor(*clip), batch, logp, rollout=rollout, **options)
 
     given = {"rollout_weights": token_weights} if rollout else {}

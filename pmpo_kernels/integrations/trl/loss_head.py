@@ -113,7 +113,7 @@ def add_loss_head(model: nn.Module, *, temperature: float, fused: bool, float32_
                 f"fused_head: expected a model whose forward calls its LM head, got {type(self).__name__}"
             )
         if not checked:
-            check_logits(outputs.logits, type(self).__name__, **options)
+            check_probe(outputs.logits, type(self).__name__, **options)
             checked = True
         return scored(scoring.out.loss, scoring.out.logp, scoring.out.entropy, outputs)
 
@@ -197,7 +197,7 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def check_logits(got: Tensor, name: str, *, logit_scale: float, logit_softcap: float | None) -> None:
+def check_probe(got: Tensor, name: str, *, logit_scale: float, logit_softcap: float | None) -> None:
     """Raise RuntimeError unless `got`, what the model made of the probe, is what the fused loss would make of it."""
     expected = torch.tensor(PROBE) * logit_scale
     if logit_softcap is not None:
