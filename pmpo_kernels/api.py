@@ -256,10 +256,13 @@ def _loss(logp: Tensor, entropy: Tensor | None, call: Call, sharing: Sharing) ->
     dtype = compute_dtype(logp.dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     whole = sharing.gather(logp.reshape(-1).to(dtype), flat_entropy, call.batch)
-    if call.denominator is None and sharing.sums_over_data:
-        tokens = whole.batch.count_tokens()
-        call = call._replace(denominator=default_denominator(tokens, call.aggregate_options, sharing.sum_over_data))
-    results = TrajectoryFunction.apply(whole.logp, whole.entropy, call._replace(batch=whole.batch))
+    if sharing is not ALONE:
+        call = call._replace(batch=whole.batch)
+        if call.denominator is None and sharing.sums_over_data:
+            tokens = whole.batch.count_tokens()
+            D = default_denominator(tokens, call.aggregate_options, sharing.sum_over_data)
+            call = call._replace(denominator=D)
+    results = TrajectoryFunction.apply(whole.logp, whole.entropy, call)
     return as_output(results, logp.detach(), None if entropy is None else entropy.detach(), call.batch)
 
 
