@@ -1,4 +1,4 @@
-"""Stage `aggregate`: from the statistics of trajectories to the loss and the metrics. Here its specification, in eager PyTorch."""
+"""Stage `aggregate` in eager PyTorch: from statistics to loss and metrics. Section numbers are those of docs/mathematics.md."""
 
 from __future__ import annotations
 

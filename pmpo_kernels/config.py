@@ -239,6 +239,6 @@ class LossConfig:
         )
 
     def aggregate_options(self, limit: float = math.inf, entropy_factor: float = 1.0) -> AggregateOptions:
-        """The options of the stage `aggregate`, which describes `limit` and `entropy_factor`."""
+        """The options of the stage `aggregate`. `AggregateOptions` says what `limit` and `entropy_factor` mean."""
         by_tokens = float(self.loss_agg_mode == "token-mean")
         return AggregateOptions(by_tokens, self.beta, self.entropy_coef, limit, entropy_factor)

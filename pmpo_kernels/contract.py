@@ -42,8 +42,8 @@ class TrajectoryOptions(NamedTuple):
 class AggregateOptions(NamedTuple):
     """The options of the `aggregate` stage, all as float64.
 
-    The loss is infinite where |dlogp| + entropy_factor |dentropy| of a token exceeds `limit`: beyond it the gradient of what
-    logp and entropy come from would overflow.
+    The loss is infinite where the largest |dlogp| plus entropy_factor times the largest |dentropy| of the tokens exceeds `limit`:
+    beyond it the gradient of what logp and entropy come from could overflow.
     """
 
     by_tokens: float

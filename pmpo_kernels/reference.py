@@ -2,8 +2,8 @@
 
     logits --token_logp--> logp, row_max, row_sum, entropy
     logp   --trajectory--> stats (policy loss, p, ESS, ...), dlogp, dentropy
-    logits --dlogits-----> gradient of the logits
     stats  --aggregate---> loss, metrics
+    logits --dlogits-----> gradient of the logits
 
 Autograd can differentiate everything but `newton`, `solve_power` and the two gradients, dlogp and dlogits. This is how the
 gradients written out here are tested. C++ and Triton do the same in the same order with the same names. Values are selected before
@@ -348,7 +348,7 @@ def solve_power(
     return p, iterations, moments(l, p).deficit - deficit
 
 
-# --- stage 3: dlogits ------------------------------------------------------------------------------------------------
+# --- stage 4: dlogits; stage 3, aggregate, has a file of its own ------------------------------------------------------
 
 
 def dlogits(

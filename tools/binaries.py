@@ -2,7 +2,7 @@
 
 python tools/binaries.py sm_90            JSON lines, one a binary: registers, spills, widths, the loop over the vocabulary
 python tools/binaries.py --out FOLDER     the same for every architecture, as binaries-<version of triton>.json
-make binaries                                  that for two versions; docs/performance.md is made from them
+make binaries                             that for two versions; docs/performance.md is made from them
 
 It is a program of its own, because kernels that were imported under the interpreter cannot be compiled.
 """
