@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pmpo_kernels.batch import Batch
 from pmpo_kernels.checks import FLOATS, check_cu_seqlens, check_token_ids
-from pmpo_kernels.contract import METRICS, STATS, AggregateOptions, TrajectoryOptions, compute_dtype
+from pmpo_kernels.contract import METRICS, STATS, TARGET, AggregateOptions, TrajectoryOptions, compute_dtype
 
 REQUIRED = set(Batch._fields) - set(Batch._field_defaults)
 BATCH = ", ".join(f"Tensor{'' if name in REQUIRED else '?'} {name}" for name in Batch._fields)
@@ -40,6 +40,7 @@ NAMES = {name: re.findall(r"(\w+)[,)]", schema.partition(" -> ")[0]) for name, s
 OF_TOKENS = {"mask", "old_logp", "ref_logp", "rollout_weights", "policy_mask", "entropy"}
 OF_TOKENS |= {"row_max", "row_sum", "dlogp", "dentropy"}
 OF_TRAJECTORIES = {"advantages", "power", "target_ess", "skipped"}
+SINGLE = {"denominator", "largest"}
 STAGES = ("token_logp", "trajectory", "aggregate", "dlogits", "dlogits_")
 
 
@@ -144,10 +145,8 @@ def check_operands(name: str, args: tuple[Any, ...]) -> None:
     for argument, x in given.items():
         if not isinstance(x, Tensor):
             continue
-        if "stats" in given and argument in ("denominator", "largest"):
-            wanted = 1
-        else:
-            wanted = tokens if argument in OF_TOKENS else trajectories if argument in OF_TRAJECTORIES else x.numel()
+        other = 1 if argument in SINGLE else x.numel()
+        wanted = tokens if argument in OF_TOKENS else trajectories if argument in OF_TRAJECTORIES else other
         if x.numel() != wanted:
             raise ValueError(f"{argument}: expected {wanted} elements, got {x.numel()}")
         if argument.endswith(("mask", "skipped")) and x.dtype != torch.bool:
@@ -156,17 +155,26 @@ def check_operands(name: str, args: tuple[Any, ...]) -> None:
             raise ValueError(f"{argument}: expected a tensor on {first.device}, got one on {x.device}")
 
 
+def read_options(kind: Any, values: list[float]) -> Any:
+    """Return an operator's options as the named tuple `kind`."""
+    if len(values) != len(kind._fields):
+        raise ValueError(f"options: expected those of {kind.__name__}, got {len(values)} numbers")
+    return kind(*values)
+
+
 def _run(module: str, name: str, args: tuple[Any, ...]) -> Any:
     """Check what only real tensors have, then call the implementation (imported on first use)."""
     check_operands(name, args)
     if name == "token_logp":
         check_token_ids(args[1], args[2], args[0].shape[-1])
     if name == "trajectory":
-        logp, entropy, *batch, options = args
-        check_cu_seqlens(batch[1], logp.numel())
-        args = (logp, entropy, Batch(*batch), TrajectoryOptions(*options))
+        batch, options = Batch(*args[2:-1]), read_options(TrajectoryOptions, args[-1])
+        check_cu_seqlens(batch.cu_seqlens, args[0].numel())
+        if options.rule == TARGET and batch.target_ess is None:
+            raise ValueError("target_ess: expected a tensor with this rule of p, got None")
+        args = (*args[:2], batch, options)
     if name == "aggregate":
-        args = (*args[:-2], AggregateOptions(*args[-2]), args[-1])
+        args = (*args[:-2], read_options(AggregateOptions, args[-2]), args[-1])
     if name == "solve_power":
         check_cu_seqlens(args[2], args[0].numel())
     implementation = importlib.import_module(module)

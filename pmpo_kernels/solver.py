@@ -26,26 +26,14 @@ class PowerResults(NamedTuple):
 
 @overload
 def solve_power(
-    log_weights: Tensor,
-    target_ess: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    power_max: float = 1.0,
-    impl: str | None = None,
-    full_output: Literal[False] = False,
-) -> Tensor: ...
+    log_weights: Tensor, target_ess: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    power_max: float = 1.0, impl: str | None = None, full_output: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
 @overload
 def solve_power(
-    log_weights: Tensor,
-    target_ess: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    power_max: float = 1.0,
-    impl: str | None = None,
-    full_output: Literal[True],
-) -> tuple[Tensor, PowerResults]: ...
+    log_weights: Tensor, target_ess: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    power_max: float = 1.0, impl: str | None = None, full_output: Literal[True],
+) -> tuple[Tensor, PowerResults]: ...  # fmt: skip
 def solve_power(
     log_weights: Tensor,
     target_ess: Tensor,

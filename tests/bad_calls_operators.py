@@ -12,7 +12,7 @@ import torch
 from bad_calls import GAP, Call, Row
 
 from pmpo_kernels import LossConfig
-from pmpo_kernels.contract import STATS
+from pmpo_kernels.contract import STATS, TARGET
 from pmpo_kernels.ops import IMPLEMENTATIONS, NAMES, stage
 
 B, T, V = 2, 3, 5
@@ -106,8 +106,16 @@ def rows() -> Iterator[Row]:
     for name in GOOD:
         for impl in IMPLS[name]:
             yield from (Row(f"{name}.{impl}", change, ValueError, message) for change, message in rows_of(name))
-    yield Row("trajectory.cpp", {"options": OPTIONS[:-1]}, ValueError, "options: expected those of TrajectoryOptions")
-    yield Row("aggregate.cpp", {"options": TERMS[:-1]}, ValueError, "options: expected those of AggregateOptions")
+    for impl in IMPLS["trajectory"]:
+        for name, options, kind in (
+            ("trajectory", OPTIONS, "TrajectoryOptions"),
+            ("aggregate", list(TERMS), "AggregateOptions"),
+        ):
+            for bad in (options[:-1], [*options, 0.0]):
+                yield Row(f"{name}.{impl}", {"options": bad}, ValueError, f"options: expected those of {kind}{GAP}")
+        target = [TARGET, *OPTIONS[1:]]
+        no_target = "target_ess: expected a tensor with this rule of p, got None"
+        yield Row(f"trajectory.{impl}", {"options": target}, ValueError, no_target)
     for name, impl in (
         ("token_logp", "triton"),
         ("dlogits", "triton"),

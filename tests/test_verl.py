@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmpo_kernels import LossConfig, checks, pmpo_loss_from_logp
-from pmpo_kernels.verification.peers import TOLERANCE, Batch, make_batch
+from pmpo_kernels.verification.peers import TOLERANCE, ParityBatch, make_batch
 
 PROBLEM = ""
 try:
@@ -77,7 +77,7 @@ def actor(name: str = "pmpo", options: dict[str, Any] | None = None, **fields: A
     return ActorConfig(**{**needed, "policy_loss": policy, **fields})
 
 
-def counts(batch: Batch, dp_size: int = 1) -> dict[str, Any]:
+def counts(batch: ParityBatch, dp_size: int = 1) -> dict[str, Any]:
     """`global_batch_info` of a step whose whole batch is `batch`; as verl, the rows count with the empty one."""
     tokens, rows = int(batch.mask.sum()), batch.mask.shape[0]
     return {
@@ -89,7 +89,12 @@ def counts(batch: Batch, dp_size: int = 1) -> dict[str, Any]:
 
 
 def call(
-    name: str, config: ActorConfig, batch: Batch, mode: str = "token-mean", rows: slice = slice(None), **changed: Any
+    name: str,
+    config: ActorConfig,
+    batch: ParityBatch,
+    mode: str = "token-mean",
+    rows: slice = slice(None),
+    **changed: Any,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Loss, gradient (B, T) and metrics of some rows of the batch, called as verl's actor does."""
     logp = changed.pop("log_prob", batch.logp)[rows].clone().requires_grad_()
@@ -103,7 +108,9 @@ def call(
     return loss.detach(), torch.autograd.grad(loss, logp)[0], found
 
 
-def in_parts(name: str, batch: Batch, mode: str, parts: int, info: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+def in_parts(
+    name: str, batch: ParityBatch, mode: str, parts: int, info: dict[str, Any]
+) -> tuple[Tensor, Tensor, float]:
     """Summed loss and gradients of `parts` micro-batches, and the sum of the losses' magnitudes."""
     config = actor(name)
     config.global_batch_info.update(info)
@@ -658,7 +665,7 @@ def test_a_wrong_command_line_raises_before_training(overrides: tuple[str, ...],
         omega_conf_to_dataclass(composed(MICRO, *overrides).actor_rollout_ref.actor)
 
 
-def step(name: str, batch: Batch, parts: int, **fields: Any) -> tuple[float, list[Tensor], dict[str, float]]:
+def step(name: str, batch: ParityBatch, parts: int, **fields: Any) -> tuple[float, list[Tensor], dict[str, float]]:
     """One step of verl's actor: `ppo_loss` over micro-batches of nested tensors, as its engine calls it; summed loss, gradients of
     each row's log-probs (prompt and response), metrics aggregated as verl does."""
     lengths = [max(int(n), 3) for n in batch.mask.sum(1)]  # an empty row has tokens, all of them masked

@@ -94,16 +94,16 @@ class Shared(Sharing):
             raise ValueError(
                 f'sequence_split: expected "contiguous" without a dimension "cp" of the mesh, got {self.ranks.split!r}'
             )
-        i, denominator = call.batch, call.denominator
-        given = tuple(name for name in GIVEN if getattr(i, name) is not None)
+        batch, denominator = call.batch, call.denominator
+        given = tuple(name for name in GIVEN if getattr(batch, name) is not None)
         whether = {"denominator, given or not": int(denominator is not None)}
         alike = {
             **whether,
-            "number of trajectories": i.cu_seqlens.numel() - 1,
+            "number of trajectories": batch.cu_seqlens.numel() - 1,
             "options": mark(*call.trajectory_options, *everywhere),
             "optional arguments": mark(*given),
             "advantages, power, target_ess or denominator": fingerprint(
-                i.advantages, i.power, i.target_ess, denominator
+                batch.advantages, batch.power, batch.target_ess, denominator
             ),
         }
         self.agreed.V, self.agreed.N = vocabulary, tokens.numel()
@@ -114,12 +114,12 @@ class Shared(Sharing):
             "sequence_split": get_args(Split).index(self.ranks.split),
         }
         ids = tokens if tokens.is_floating_point() else tokens.long()
-        of_token = (ids, i.old_logp, i.ref_logp, i.rollout_weights, i.policy_mask)
+        of_token = (ids, batch.old_logp, batch.ref_logp, batch.rollout_weights, batch.policy_mask)
         self.agreed.same_tokens = {
             **alike,
             "number of tokens": tokens.numel(),
-            "mask": fingerprint(i.mask),
-            "token_ids or another tensor of the tokens": fingerprint(*of_token, mask=i.mask),
+            "mask": fingerprint(batch.mask),
+            "token_ids or another tensor of the tokens": fingerprint(*of_token, mask=batch.mask),
             "gradients that are wanted, impl or dtype": mark(*of_tokens, call.impl),
         }
 

@@ -95,7 +95,7 @@ def moments(p, mean, x_min, x_max, has_zero, n, start, stop, l_ptr, BLOCK: tl.co
 
 
 @triton.jit
-def _solve_power(
+def newton(
     deficit, power_min, power_max, least, most, variance, mean, x_min, x_max, has_zero, n, start, stop, l_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def choose_power(
     relative = -_log1p((1.0 - severity) * expm1(-most, tl.exp(-most)))
     absolute = -tl.log(ess_floor + (1.0 - ess_floor) * severity)
     deficit = tl.where(rule == _TARGET, tl.log(n) - tl.log(target_ess), tl.where(rule == _ABSOLUTE, absolute, relative))
-    p = _solve_power(
+    p = newton(
         deficit, power_min, power_max, least, most, tl.sum(variance, axis=0) / n, mean, x_min, x_max, has_zero, n,
         start, stop, l_ptr, BLOCK,
     )  # fmt: skip
