@@ -54,9 +54,10 @@ def test_layers(module: str, path: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_imports_what_all_share_and_its_own(backend: str) -> None:
-    for module, path in modules():
-        if module == backend:
-            assert imports(path) <= SHARED | BACKENDS[backend] | {backend}, path
+    its = [path for module, path in modules() if module == backend]
+    assert its
+    for path in its:
+        assert imports(path) <= SHARED | BACKENDS[backend] | {backend}, path
 
 
 def test_importing_the_package_loads_no_backend_and_no_trainer() -> None:
@@ -80,6 +81,7 @@ def names(path: Path) -> set[str]:
 
 def test_no_program_imports_the_command_line() -> None:
     """Of the package's modules: those of `cli/` are programs themselves."""
+    assert PROGRAMS
     for path in PROGRAMS:
         assert not [name for name in names(path) if name.startswith("pmpo_kernels.cli")], path
 

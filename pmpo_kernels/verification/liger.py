@@ -5,7 +5,7 @@ Without a GPU the former runs under Triton's interpreter. Every option is given,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -17,68 +17,61 @@ from pmpo_kernels.impls import INTERPRETER, interpreted
 from pmpo_kernels.verification.peers import LENGTHS, ParityBatch, ParityCase, token_weights
 
 
-def triton_loss(
-    batch: ParityBatch, logits: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2, high: float = 0.2,
-    beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0, rollout: bool = False,
-    bias_correction: bool = False,
-) -> Tensor:  # fmt: skip
-    """Loss (0-d) by Liger's `triton_grpo_loss`, out of place."""
+class Options(NamedTuple):
+    """The options of a loss, which Liger's two ways take by partly different names."""
+
+    loss_type: str
+    level: str = "token"
+    low: float = 0.2
+    high: float = 0.2
+    beta: float = 0.0
+    delta: float | None = None
+    temperature: float = 1.0
+    items: float = 1.0
+    rollout: bool = False
+    bias_correction: bool = False
+
+    def shared(self) -> dict[str, Any]:
+        """The arguments that have the same names in both ways, without those that depend on the batch."""
+        return {
+            "beta": self.beta,
+            "delta": self.delta,
+            "importance_sampling_level": self.level,
+            "loss_type": self.loss_type,
+            "max_completion_length": max(LENGTHS),
+            "temperature": self.temperature,
+            "use_bias_correction_kl": self.bias_correction,
+        }
+
+    def of_batch(self, batch: ParityBatch) -> dict[str, Any]:
+        """The arguments that have the same names in both ways and depend on the batch."""
+        weights = batch.rollout_weights if self.rollout else None
+        return {"vllm_is_ratio": weights, "num_items_in_batch": batch.mask.sum() * self.items}
+
+
+def triton_loss(batch: ParityBatch, logits: Tensor, **options: Any) -> Tensor:
+    """Loss (0-d) by Liger's `triton_grpo_loss`, out of place. `options` are those of `Options`."""
+    o = Options(**options)
     value = triton_grpo_loss(
-        logits,
-        batch.old_logp,
-        batch.ref_logp if beta else None,
-        batch.token_ids,
-        batch.advantages,
-        completion_mask=batch.mask.long(),
-        temperature=temperature,
-        beta=beta,
-        eps_low=low,
-        eps_high=high,
-        inplace=False,
-        loss_type=loss_type,
-        max_completion_length=max(LENGTHS),
-        importance_sampling_level=level,
-        reduce=True,
-        vllm_is_ratio=batch.rollout_weights if rollout else None,
-        delta=delta,
-        use_bias_correction_kl=bias_correction,
-        num_items_in_batch=batch.mask.sum() * items,
-    )[0]
+        logits, batch.old_logp, batch.ref_logp if o.beta else None, batch.token_ids, batch.advantages,
+        completion_mask=batch.mask.long(), inplace=False, reduce=True, eps_low=o.low, eps_high=o.high, **o.shared(),
+        **o.of_batch(batch),
+    )[0]  # fmt: skip
     assert isinstance(value, Tensor)
     return value
 
 
-def chunked_loss(
-    batch: ParityBatch, hidden: Tensor, weight: Tensor, *, loss_type: str, level: str = "token", low: float = 0.2,
-    high: float = 0.2, beta: float = 0.0, delta: float | None = None, temperature: float = 1.0, items: float = 1.0,
-    rollout: bool = False, bias_correction: bool = False, chunk_size: int = 1,
-) -> Tensor:  # fmt: skip
-    """Loss (0-d) by Liger's `LigerFusedLinearGRPOLoss`, not compiled."""
+def chunked_loss(batch: ParityBatch, hidden: Tensor, weight: Tensor, *, chunk_size: int = 1, **options: Any) -> Tensor:
+    """Loss (0-d) by Liger's `LigerFusedLinearGRPOLoss`, not compiled. `options` are those of `Options`."""
+    o = Options(**options)
     function = LigerFusedLinearGRPOLoss(
-        beta=beta,
-        compiled=False,
-        use_ref_model=beta != 0,
-        chunk_size=chunk_size,
-        epsilon_low=low,
-        epsilon_high=high,
-        loss_type=loss_type,
-        max_completion_length=max(LENGTHS),
-        importance_sampling_level=level,
-        temperature=temperature,
-        delta=delta,
-        use_bias_correction_kl=bias_correction,
-    )
+        compiled=False, use_ref_model=o.beta != 0, chunk_size=chunk_size, epsilon_low=o.low, epsilon_high=o.high,
+        **o.shared(),
+    )  # fmt: skip
     value = function(
-        hidden[:, :-1],
-        weight,
-        batch.token_ids,
-        batch.mask.long(),
-        batch.advantages,
-        ref_per_token_logps=batch.ref_logp if beta else None,
-        old_per_token_logps=batch.old_logp,
-        vllm_is_ratio=batch.rollout_weights if rollout else None,
-        num_items_in_batch=batch.mask.sum() * items,
-    )[0]
+        hidden[:, :-1], weight, batch.token_ids, batch.mask.long(), batch.advantages,
+        ref_per_token_logps=batch.ref_logp if o.beta else None, old_per_token_logps=batch.old_logp, **o.of_batch(batch),
+    )[0]  # fmt: skip
     assert isinstance(value, Tensor)
     return value
 
